@@ -1,0 +1,1 @@
+//! Observe, reconcile, execute on one node.

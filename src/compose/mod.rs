@@ -1,0 +1,1 @@
+//! Text of a Compose file to services and problems, each with its line.

@@ -1,0 +1,1 @@
+//! The only place with `unsafe`: system calls that no crate serves.

@@ -1,0 +1,1 @@
+//! Turns desired tables into the kernel's.

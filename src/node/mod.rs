@@ -1,0 +1,1 @@
+//! Builds everything in order and stops it in reverse.

@@ -1,0 +1,1 @@
+//! Images, bundles, shims, logs.

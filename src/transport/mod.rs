@@ -1,0 +1,1 @@
+//! Identity, peers, frames.

@@ -1,0 +1,1 @@
+//! Probe results and thresholds to a verdict.
