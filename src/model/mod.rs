@@ -18,5 +18,8 @@ pub use ids::{
 pub use instance::{Desired, Exit, Instance, Observed, Phase};
 pub use node::{Architecture, Condition, Node, NodeSize};
 pub use settings::Settings;
-pub use spec::{AppSpec, ServiceSpec};
+pub use spec::{
+    AppSpec, Constraint, ConstraintSubject, DependencyCondition, HealthSpec, HealthTest, ImageSpec, MountSource,
+    MountSpec, PlacementSpec, PortSpec, Protocol, ResourceSpec, RestartPolicy, ServiceSpec, VolumeSpec,
+};
 pub use time::{Mono, Timestamp};

@@ -76,6 +76,8 @@ pub struct Node {
     pub condition: Condition,
     /// Set by `node drain`: its instances move and nothing new comes.
     pub is_drained: bool,
+    /// `leave` or `node rm` was asked: it loses its vote, then it is forgotten.
+    pub is_leaving: bool,
     /// When it last went down or stopped cleanly, newest last, at most three: a flapping node is kept free.
     pub losses: Vec<Timestamp>,
     /// A clean stop announced itself at this time: nothing moves for a minute.

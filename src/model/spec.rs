@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
+/// As Docker: between the stop signal and SIGKILL.
+pub const STOP_GRACE_MS: u64 = 10_000;
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AppSpec {
     pub name: AppName,
@@ -204,6 +207,35 @@ impl std::fmt::Display for Constraint {
 }
 
 impl ServiceSpec {
+    /// One instance of an image, with every key at its default.
+    pub fn new(image: ImageSpec) -> ServiceSpec {
+        ServiceSpec {
+            image,
+            command: None,
+            entrypoint: None,
+            environment: BTreeMap::new(),
+            user: None,
+            working_dir: None,
+            hostname: None,
+            labels: BTreeMap::new(),
+            ports: Vec::new(),
+            mounts: Vec::new(),
+            restart: RestartPolicy::default(),
+            health: None,
+            depends_on: BTreeMap::new(),
+            replicas: 1,
+            is_global: false,
+            resources: ResourceSpec::default(),
+            placement: PlacementSpec::default(),
+            stop_signal: None,
+            stop_grace_ms: STOP_GRACE_MS,
+            is_exclusive: false,
+            is_read_only: false,
+            has_init: false,
+            has_tty: false,
+        }
+    }
+
     /// Names of the app's volumes that this service mounts.
     pub fn volume_names(&self) -> impl Iterator<Item = &str> {
         self.mounts.iter().filter_map(|mount| match &mount.source {
