@@ -41,7 +41,9 @@ impl ClusterClock {
         let estimate = self.estimate(now.mono);
         let jump_ms = wall.since_ms(estimate);
         let agrees = |peer: &Timestamp| peer.since_ms(wall).max(wall.since_ms(*peer)) < JUMP_MS_MAX;
-        if jump_ms > 0 && (jump_ms < JUMP_MS_MAX || self.peers.values().any(agrees)) {
+        // Before the first entry there is no cluster time to protect.
+        let is_first = self.stamp == Timestamp(0);
+        if jump_ms > 0 && (is_first || jump_ms < JUMP_MS_MAX || self.peers.values().any(agrees)) {
             self.stamp = wall;
             self.stamped_at = now.mono;
         }

@@ -472,6 +472,11 @@ impl Control {
         }
     }
 
+    /// The index of the last entry that is in `state()`.
+    pub fn applied(&self) -> u64 {
+        self.applied.0
+    }
+
     pub fn tick_ms(&self) -> u64 {
         self.state.cluster_settings().timers.tick_ms()
     }

@@ -92,7 +92,7 @@ impl State {
             return Some(if is_same { stored.outcome.clone() } else { Err(Rejection::RequestIdReused) });
         }
         let is_full = self.outcomes.len() >= OUTCOMES_MAX;
-        let oldest = self.outcomes.rows().map(|stored| stored.index).min();
+        let oldest = self.outcome_order.iter().next().map(|(index, _)| *index);
         // Evicted outcomes are older than the oldest kept one: an id made before that may have been used.
         let was_evicted = match oldest {
             Some(oldest) => is_full && mark.created_index != 0 && mark.created_index < oldest,
@@ -105,14 +105,16 @@ impl State {
         let now = self.time();
         let stored = StoredOutcome { body_hash: mark.body_hash, outcome, at: now, index };
         self.outcomes.put(mark.id, stored);
-        let mut by_index: Vec<(u64, RequestId, Timestamp)> =
-            self.outcomes.iter().map(|(id, stored)| (stored.index, *id, stored.at)).collect();
-        by_index.sort_unstable();
-        let excess = by_index.len().saturating_sub(OUTCOMES_MAX);
-        for (position, (_, id, at)) in by_index.iter().enumerate() {
-            if position < excess || now.since_ms(*at) > OUTCOME_AGE_MS_MAX {
-                self.outcomes.remove(id);
+        self.outcome_order.put(index, mark.id);
+        loop {
+            let first = self.outcome_order.iter().next().map(|(index, id)| (*index, *id));
+            let Some((oldest, id)) = first else { break };
+            let is_old = self.outcomes.find(&id).is_none_or(|stored| now.since_ms(stored.at) > OUTCOME_AGE_MS_MAX);
+            if !is_old && self.outcomes.len() <= OUTCOMES_MAX {
+                break;
             }
+            self.outcomes.remove(&id);
+            self.outcome_order.remove(&oldest);
         }
     }
 

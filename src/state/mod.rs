@@ -18,7 +18,11 @@ pub mod rows;
 pub mod snapshot;
 mod table;
 #[cfg(test)]
-mod tests;
+pub mod tests;
+
+/// For tests of the layers above.
+#[cfg(test)]
+pub use tests as testing;
 
 pub use command::{
     Command, Envelope, InstanceReport, JoinNode, KeptVolume, NodeReport, Origin, Outcome, PlanStep, Rejection, Reply,
@@ -82,6 +86,8 @@ tables! {
     10 users: String => User,
     11 outcomes: RequestId => StoredOutcome,
     12 events: u64 => Event,
+    /// By log index: which outcome is the oldest.
+    13 outcome_order: u64 => RequestId,
 }
 
 impl State {

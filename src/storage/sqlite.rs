@@ -83,17 +83,31 @@ impl SqliteStore {
         StoreError::Sqlite { step, path: self.path.clone(), source }
     }
 
-    fn write_once(&mut self, batch: &Batch) -> Result<(), StoreError> {
+    /// Writes batches in one transaction, in order.
+    pub fn write_all(&mut self, batches: &[Batch]) -> Result<(), StoreError> {
+        let outcome = self.write_once(batches);
+        let is_full = matches!(&outcome, Err(StoreError::Sqlite { source, .. })
+            if source.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull));
+        if is_full && self.reserve.take().is_some_and(|reserve| reserve.release()) {
+            tracing::error!("the disk is full; the reserve for the cluster's state is used up now");
+            return self.write_once(batches);
+        }
+        outcome
+    }
+
+    fn write_once(&mut self, batches: &[Batch]) -> Result<(), StoreError> {
         let path = self.path.clone();
         let at = |step| {
             let path = path.clone();
             move |source| StoreError::Sqlite { step, path, source }
         };
         let transaction = self.connection.transaction().map_err(at("begin a batch"))?;
-        write_snapshot(&transaction, batch).map_err(at("write a snapshot"))?;
-        write_log(&transaction, batch).map_err(at("append to the log"))?;
-        write_rows(&transaction, &batch.changes).map_err(at("write rows"))?;
-        write_raft(&transaction, batch).map_err(at("write raft's state"))?;
+        for batch in batches {
+            write_snapshot(&transaction, batch).map_err(at("write a snapshot"))?;
+            write_log(&transaction, batch).map_err(at("append to the log"))?;
+            write_rows(&transaction, &batch.changes).map_err(at("write rows"))?;
+            write_raft(&transaction, batch).map_err(at("write raft's state"))?;
+        }
         transaction.commit().map_err(at("commit a batch"))
     }
 }
@@ -233,14 +247,7 @@ impl LogStore for SqliteStore {
     }
 
     fn write(&mut self, batch: &Batch) -> Result<(), StoreError> {
-        let outcome = self.write_once(batch);
-        let is_full = matches!(&outcome, Err(StoreError::Sqlite { source, .. })
-            if source.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull));
-        if is_full && self.reserve.take().is_some_and(|reserve| reserve.release()) {
-            tracing::error!("the disk is full; the reserve for the cluster's state is used up now");
-            return self.write_once(batch);
-        }
-        outcome
+        self.write_all(std::slice::from_ref(batch))
     }
 }
 
