@@ -25,7 +25,11 @@ fn apply_step(state: &mut State, step: &PlanStep) -> Result<(), Rejection> {
     match step {
         PlanStep::CreateInstance { service, service_version, slot, spec_version } => {
             let row = current_service(state, *service, *service_version)?;
-            if row.is_removed {
+            // A step before this one may have been void: an instance that it was to end would still be there.
+            let is_filled = state.instances_of(*service).any(|other| {
+                other.slot == *slot && other.spec_version == *spec_version && other.desired == Desired::Run
+            });
+            if row.is_removed || is_filled {
                 return Err(Rejection::Stale);
             }
             create_instance(state, *service, *slot, *spec_version);

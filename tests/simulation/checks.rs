@@ -26,6 +26,8 @@ impl Checks {
         assert_eq!(first, node, "two leaders in term {term}");
     }
 
+    /// Entries that were sent or became durable. A sole voter may lose others in a crash and reuse their term:
+    /// nobody saw them.
     pub fn appends(&mut self, entries: &[Entry]) {
         for entry in entries {
             let what = hash(&entry.data);

@@ -101,15 +101,17 @@ impl Disk {
         self.unsynced.len()
     }
 
-    /// The first `count` batches are durable now; returns the number of the last.
-    pub fn sync(&mut self, count: usize) -> u64 {
+    /// The first `count` batches are durable now; returns the number of the last, and their entries.
+    pub fn sync(&mut self, count: usize) -> (u64, Vec<Entry>) {
         let mut last = 0;
+        let mut entries = Vec::new();
         for batch in self.unsynced.drain(..count) {
             self.durable.write(&batch);
             self.written += 1;
             last = last.max(batch.number);
+            entries.extend(batch.entries);
         }
-        last
+        (last, entries)
     }
 
     /// Power is cut: `kept` of the batches that were on their way made it.

@@ -5,7 +5,7 @@ use super::disk::{Disk, Image};
 use super::linearizable::{Kind, Operation, is_linearizable};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
-use tinydc::consensus::Message;
+use tinydc::consensus::{Message, MessageType};
 use tinydc::control::{Alive, Control, ControlConfig, Figures, Input, Now, Output};
 use tinydc::model::*;
 use tinydc::state::{
@@ -232,7 +232,8 @@ impl World {
             Event::Deliver { to, packet } => self.deliver(to, packet),
             Event::Synced { node, run, count } => {
                 if self.is_run(node, run) {
-                    let number = self.disk(node).sync(count);
+                    let (number, entries) = self.disk(node).sync(count);
+                    self.checks.appends(&entries);
                     self.disk(node).is_syncing = false;
                     if self.bug != Bug::AcknowledgeBeforeWrite {
                         self.step(node, Input::Persisted { number });
@@ -328,6 +329,10 @@ impl World {
             Output::Send { to, message } => {
                 self.trace(node, to.0, message.msg_type as u64, message.index, message.term);
                 let copy: Message = recode(&message);
+                // A forwarded read carries its context as an entry of no index.
+                if copy.msg_type == MessageType::MsgAppend {
+                    self.checks.appends(&copy.entries);
+                }
                 self.send(node, to.0, Packet::Raft { from: node, message: Box::new(copy) });
             }
             Output::SendSnapshot { to, message, frames } => {
@@ -337,7 +342,6 @@ impl World {
             }
             Output::Forward { to, command } => self.send(node, to.0, Packet::Forward { from: node, command }),
             Output::Persist(batch) => {
-                self.checks.appends(&batch.entries);
                 self.report.conf_changes += u64::from(batch.conf_state.is_some());
                 let number = batch.number;
                 self.disk(node).submit(batch);
