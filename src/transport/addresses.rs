@@ -31,6 +31,8 @@ pub struct AddressBook {
     folder: PathBuf,
     good: BTreeMap<NodeId, Vec<SocketAddr>>,
     hints: BTreeMap<NodeId, Vec<SocketAddr>>,
+    /// The text on disk.
+    written: String,
 }
 
 fn put_first(addresses: &mut Vec<SocketAddr>, address: SocketAddr) {
@@ -59,7 +61,9 @@ impl AddressBook {
             }
         };
         let good = text.lines().filter_map(parse_line).collect();
-        AddressBook { folder: data_dir.into(), good, hints: BTreeMap::new() }
+        let mut book = AddressBook { folder: data_dir.into(), good, ..AddressBook::default() };
+        book.written = book.to_text();
+        book
     }
 
     /// A peer was reached there. Whether the file must be written.
@@ -122,23 +126,27 @@ impl AddressBook {
     }
 }
 
-/// Writes the file after a change, off the executor: a card may take seconds to fsync.
+/// Writes the file some time after a change.
 pub(super) async fn write_changes(shared: Arc<Shared>, changed: Receiver<()>) {
-    let mut written = lock(&shared.book).to_text();
     while changed.recv().await.is_ok() {
         async_io::Timer::after(GATHER).await;
-        let (folder, text) = {
-            let book = lock(&shared.book);
-            (book.folder.clone(), book.to_text())
-        };
-        if text == written {
-            continue;
-        }
-        let bytes = text.clone().into_bytes();
-        match smol::unblock(move || write_durably(&folder, FILE, &bytes)).await {
-            Ok(()) => written = text,
-            Err(error) => warn!(error = %error, "peers file not written"),
-        }
+        write_now(&shared).await;
+    }
+}
+
+/// Writes the file if it is not what is known, off the executor: a card may take seconds to fsync.
+pub(super) async fn write_now(shared: &Shared) {
+    let (folder, text) = {
+        let book = lock(&shared.book);
+        (book.folder.clone(), book.to_text())
+    };
+    if text == lock(&shared.book).written {
+        return;
+    }
+    let bytes = text.clone().into_bytes();
+    match smol::unblock(move || write_durably(&folder, FILE, &bytes)).await {
+        Ok(()) => lock(&shared.book).written = text,
+        Err(error) => warn!(error = %error, "peers file not written"),
     }
 }
 

@@ -361,6 +361,7 @@ impl Transport {
         shared.endpoint.close(CLOSE_SHUTDOWN, b"stopping");
         shared.writers.stop().await;
         shared.tasks.stop().await;
+        addresses::write_now(shared).await;
         lock(&shared.table).slots.clear();
         within(CLOSE_LIMIT, shared.endpoint.wait_idle()).await;
         shared.quic_tasks.stop().await;
