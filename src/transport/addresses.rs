@@ -119,10 +119,10 @@ impl AddressBook {
         text
     }
 
-    /// Drops nodes that are no members any more.
-    pub fn keep_only(&mut self, is_member: impl Fn(NodeId) -> bool) {
-        self.good.retain(|node, _| is_member(*node));
-        self.hints.retain(|node, _| is_member(*node));
+    /// It is no member any more.
+    pub fn remove(&mut self, node: NodeId) {
+        self.good.remove(&node);
+        self.hints.remove(&node);
     }
 }
 

@@ -29,6 +29,7 @@ use tracing::debug;
 use super::dial;
 use super::executor::{lock, within};
 use super::ids::NodeId;
+use super::serve;
 use super::table::Shared;
 
 const EVERY: Duration = Duration::from_secs(5);
@@ -203,20 +204,29 @@ impl Announcer {
     async fn announce(&self, mdns: Option<&Async<UdpSocket>>) {
         let datagram = self.announcement(false).encode();
         let packets = [self.announcement(false).to_mdns_response(), mdns_query()];
-        let mut broadcasts: Vec<Ipv4Addr> = Vec::new();
-        for interface in self.covered() {
-            let IpAddr::V4(address) = interface.address else { continue };
-            broadcasts.extend(interface.broadcast);
-            let Some(mdns) = mdns.filter(|_| !interface.is_loopback) else { continue };
-            let _ = sockopt::set_ip_multicast_if(mdns, &address);
-            for packet in packets.iter().flatten() {
-                let _ = mdns.get_ref().send_to(packet, (MDNS_GROUP, MDNS_PORT));
-            }
+        if let Some(mdns) = mdns {
+            self.multicast(mdns, &packets.into_iter().flatten().collect::<Vec<_>>());
         }
+        let mut broadcasts: Vec<Ipv4Addr> =
+            self.covered().iter().filter_map(|interface| interface.broadcast).collect();
+        broadcasts.sort();
         broadcasts.dedup();
         for broadcast in broadcasts {
             if let Err(error) = self.own.get_ref().send_to(&datagram, (broadcast, self.port)) {
                 debug!(%broadcast, error = %error, "announcement not sent");
+            }
+        }
+    }
+
+    /// To the mDNS group on each interface. A failure is as normal as in `announce`.
+    fn multicast(&self, mdns: &Async<UdpSocket>, packets: &[Vec<u8>]) {
+        for interface in self.covered() {
+            let IpAddr::V4(address) = interface.address else { continue };
+            if interface.is_loopback || sockopt::set_ip_multicast_if(mdns, &address).is_err() {
+                continue;
+            }
+            for packet in packets {
+                let _ = mdns.get_ref().send_to(packet, (MDNS_GROUP, MDNS_PORT));
             }
         }
     }
@@ -256,10 +266,9 @@ impl Announcer {
             }
             let asks = packet.questions.iter().any(|question| question.qname.to_string() == SERVICE);
             if asks && answers.allow(Instant::now()) {
-                if let Some(response) = self.announcement(true).to_mdns_response() {
-                    // To the asker alone: it is the one that looks for us (RFC 6762 6.7 and 5.4).
-                    let _ = socket.get_ref().send_to(&response, source);
-                }
+                // By multicast (RFC 6762 6): the asker may share port 5353 with another responder, which would
+                // get what is sent to its address.
+                self.multicast(socket, self.announcement(true).to_mdns_response().as_slice());
             }
         }
     }
@@ -315,7 +324,7 @@ impl Announcer {
     fn is_connected(&self, address: SocketAddr) -> bool {
         let table = lock(&self.shared.table);
         let mut links = table.slots.values().filter_map(|slot| slot.link.as_ref());
-        links.any(|link| link.connection.remote_address() == address)
+        links.any(|link| serve::remote_address(&link.connection) == address)
     }
 }
 
@@ -357,6 +366,10 @@ pub(super) async fn run(shared: Arc<Shared>) {
     };
     let broadcasts = open(port);
     let mdns = if listen.is_loopback() { None } else { open(MDNS_PORT) };
+    if let Some(mdns) = &mdns {
+        // RFC 6762 11: receivers may ignore what came through a router.
+        let _ = sockopt::set_ip_multicast_ttl(mdns, 255);
+    }
     let hear_broadcasts = async {
         match &broadcasts {
             Some(socket) => announcer.listen_broadcasts(socket).await,

@@ -18,7 +18,7 @@ use webpki::{EndEntityCert, KeyUsage};
 
 use super::ids::PublicKey;
 
-/// The name that every node certificate carries and that dialers expect.
+/// The name that every node certificate carries and that diallers expect.
 pub const NODE_NAME: &str = "node.tinydc";
 const OPERATOR_SUFFIX: &str = ".operator.tinydc";
 const VIEWER_SUFFIX: &str = ".viewer.tinydc";

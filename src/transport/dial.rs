@@ -182,7 +182,7 @@ async fn greet(
         return Err(DialError::Ourselves);
     }
     let public_key = serve::node_key(shared, connection).map_err(DialError::RefusedByUs)?;
-    let claim = PeerClaim { public_key, hello, address: connection.remote_address() };
+    let claim = PeerClaim { public_key, hello, address: serve::remote_address(connection) };
     let actual = claim.hello.node_id;
     if expected.is_some_and(|expected| expected != actual) && actual != shared.node_id() {
         return Err(DialError::OtherNode { actual });

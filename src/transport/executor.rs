@@ -19,7 +19,8 @@ use async_executor::Executor;
 use async_io::{Async, Timer};
 use futures_lite::future;
 use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
-use quinn::{AsyncTimer, AsyncUdpSocket, UdpPoller};
+use quinn::{AsyncTimer, AsyncUdpSocket, ConnectionId, ConnectionIdGenerator, EndpointConfig, UdpPoller};
+use ring::rand::{SecureRandom, SystemRandom};
 
 /// `None` if `work` takes longer than `limit`.
 pub(super) async fn within<Output>(limit: Duration, work: impl Future<Output = Output>) -> Option<Output> {
@@ -88,6 +89,36 @@ impl TaskGroup {
         let own = usize::from(lock(&self.alive).is_some());
         self.ended.sender_count() - own
     }
+}
+
+/// Connection ids without quinn's checksum. That one is keyed anew at each start, and a node that came back after a crash
+/// would ignore its peers' old connections instead of resetting them.
+struct PlainConnectionIds;
+
+const CONNECTION_ID_BYTES: usize = 8;
+
+impl ConnectionIdGenerator for PlainConnectionIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        let mut id = [0; CONNECTION_ID_BYTES];
+        SystemRandom::new().fill(&mut id).expect("the kernel's random numbers made this process's keys");
+        ConnectionId::new(&id)
+    }
+
+    fn cid_len(&self) -> usize {
+        CONNECTION_ID_BYTES
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
+}
+
+/// An endpoint whose next start, with the same secret, resets what this one leaves behind.
+pub(super) fn endpoint_config(reset_secret: &[u8; 32]) -> EndpointConfig {
+    let reset = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, reset_secret);
+    let mut config = EndpointConfig::new(Arc::new(reset));
+    config.cid_generator(|| Box::new(PlainConnectionIds));
+    config
 }
 
 /// quinn's view of our executor.

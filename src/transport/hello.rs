@@ -1,6 +1,6 @@
 //! What two members tell each other first, and how one refuses the other.
 //!
-//! The dialer sends `Hello`, the acceptor authorises it and answers with its own, the dialer authorises that and
+//! The dialler sends `Hello`, the acceptor authorises it and answers with its own, the dialler authorises that and
 //! confirms. A refusal is the close of the connection: its code and one sentence. The key in a `PeerClaim` comes from
 //! the certificate, never from a message.
 //!
@@ -34,7 +34,7 @@ pub struct Hello {
     pub listen_port: u16,
 }
 
-/// The dialer's last word of the greeting.
+/// The dialler's last word of the greeting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum Confirm {
     Accepted,

@@ -5,7 +5,7 @@
 //! cluster time, because a board's clock may be wrong.
 //!
 //! Invariant: a client whose certificate another CA signed gets no response
-//! (`tests::https_tells_who_the_client_is_and_refuses_a_foreign_certificate`).
+//! (`tests::hostile::https_tells_who_the_client_is_and_refuses_a_foreign_certificate`).
 
 use std::io;
 use std::sync::Arc;

@@ -4,7 +4,7 @@
 //! anything; the request is signed over this very TLS session, so a recording of it is worth nothing. The same door
 //! gives operators their certificates. Who is let in is the node layer's decision.
 //!
-//! Invariant: nothing is sent to a server whose CA is not the token's (`tests::a_joiner_tells_a_foreign_cluster_nothing`).
+//! Invariant: nothing is sent to a server whose CA is not the token's (`tests::joining::a_joiner_tells_a_foreign_cluster_nothing`).
 
 use std::collections::BTreeMap;
 use std::io;

@@ -17,7 +17,7 @@ use super::join::{
 };
 use super::join_limit::{JoinLimit, JoinOutcome};
 use super::peers::Event;
-use super::serve::finish;
+use super::serve::{self, finish};
 use super::table::{Shared, malformed};
 
 /// Leaves the limit when it is dropped, also if the task is stopped midway.
@@ -76,7 +76,7 @@ async fn answer(shared: &Shared, connection: &Connection) -> Result<JoinOutcome,
         return Err(Refusal::new(RefusalCode::Malformed, "the request's proof of its key doesn't hold"));
     }
     let (reply, replied) = async_channel::bounded(1);
-    let asked = JoinAsked { request: signed.request, address: connection.remote_address(), reply };
+    let asked = JoinAsked { request: signed.request, address: serve::remote_address(connection), reply };
     let busy = Refusal::new(RefusalCode::Busy, "this node is busy; try again in a few seconds");
     shared.events.try_send(Event::Join(asked)).map_err(|_| busy)?;
     let internal = || Refusal::new(RefusalCode::Internal, "no answer in time; joining again is safe");

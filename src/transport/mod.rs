@@ -6,7 +6,7 @@
 //! serves the API's TCP port. It never decides who is a member: the node layer gives a table and a callback.
 //!
 //! Invariant: nobody without a node certificate of this cluster is told anything but the server's certificate chain
-//! (`tests::a_peer_without_a_certificate_is_told_nothing`), and `shutdown` leaves no task behind
+//! (`tests::hostile::a_peer_without_a_certificate_is_told_nothing`), and `shutdown` leaves no task behind
 //! (`tests::shutdown_joins_every_task_and_the_peer_notices_at_once`).
 
 pub mod addresses;

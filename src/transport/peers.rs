@@ -18,13 +18,13 @@ use std::time::{Duration, Instant};
 use async_channel::{Receiver, Sender};
 use async_executor::Executor;
 use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig, QuicServerConfig};
-use quinn::{EndpointConfig, IdleTimeout, VarInt};
+use quinn::{IdleTimeout, VarInt};
 use tracing::{info, warn};
 
 use super::addresses::{self, AddressBook};
 use super::announce;
 use super::dial;
-use super::executor::{QuicRuntime, TaskGroup, lock, within};
+use super::executor::{QuicRuntime, TaskGroup, endpoint_config, lock, within};
 use super::hello::{CLOSE_SHUTDOWN, PeerClaim, Refusal, RefusalCode};
 use super::identity::Identity;
 use super::ids::{NodeId, PublicKey, StartId};
@@ -193,10 +193,8 @@ impl Transport {
         let socket = UdpSocket::bind(config.listen).map_err(listen)?;
         let listen_port = socket.local_addr().map_err(listen)?.port();
         // Derived from the node key: after a crash the next start resets the old connections of its peers at once.
-        let reset = derive_key(key.as_pkcs8(), "stateless reset");
-        let reset = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, &reset);
         let endpoint = quinn::Endpoint::new(
-            EndpointConfig::new(Arc::new(reset)),
+            endpoint_config(&derive_key(key.as_pkcs8(), "stateless reset")),
             Some(server),
             socket,
             Arc::new(QuicRuntime(quic_tasks.clone())),
@@ -246,9 +244,20 @@ impl Transport {
             let mut table = lock(&shared.table);
             for (node, slot) in &mut table.slots {
                 let key = members.get(node);
-                if slot.member_key.is_some() && slot.member_key.as_ref() != key {
+                let is_removed = slot.member_key.is_some() && slot.member_key.as_ref() != key;
+                // A peer may have been let in before it was known here as a member.
+                let is_other_key = slot
+                    .link
+                    .as_ref()
+                    .is_some_and(|link| key.is_some_and(|key| *key != link.claim.public_key));
+                if is_removed {
                     slot.member_key = None;
                     slot.dialler = None;
+                    lock(&shared.book).remove(*node);
+                    // Full means that a write is due already.
+                    let _ = shared.book_changed.try_send(());
+                }
+                if is_removed || is_other_key {
                     closed.extend(slot.link.as_ref().map(|link| link.connection.clone()));
                 }
             }
@@ -324,7 +333,7 @@ impl Transport {
         let table = lock(&self.shared.table);
         let links = table.slots.iter().filter_map(|(node, slot)| Some((*node, slot.link.as_ref()?)));
         let state = |link: &super::table::Link| ConnectionState {
-            address: link.connection.remote_address(),
+            address: serve::remote_address(&link.connection),
             since: link.since,
             rtt: link.connection.rtt(),
             claim: link.claim.clone(),

@@ -3,6 +3,7 @@
 //! A connection is first told apart by its protocol: peers must show a node certificate, joiners get `join_server`.
 //! Nothing is sent to a peer before its certificate, hello and the node layer's word are good.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -121,6 +122,12 @@ fn certificate(connection: &Connection) -> Option<CertificateDer<'static>> {
     chain.first().cloned()
 }
 
+/// An IPv4 peer of an IPv6 socket shows as `::ffff:a.b.c.d`; everywhere else it is `a.b.c.d`.
+pub(super) fn remote_address(connection: &Connection) -> SocketAddr {
+    let address = connection.remote_address();
+    SocketAddr::new(address.ip().to_canonical(), address.port())
+}
+
 /// The key of the node certificate that TLS checked.
 pub(super) fn node_key(shared: &Shared, connection: &Connection) -> Result<PublicKey, Refusal> {
     let missing = || Refusal::new(RefusalCode::NoCertificate, "a node certificate is required; join first");
@@ -150,13 +157,13 @@ async fn greet(
         frames::read_value(&mut receive, HELLO_BYTES_MAX, HELLO_LIMIT).await.map_err(nobody)?;
     let node = hello.node_id;
     if node == shared.node_id() && hello.start_id == shared.config.start_id {
-        // Our own dial came back to us: answering lets the dialer see it.
+        // Our own dial came back to us: answering lets the dialler see it.
         let _ = frames::write_value(&mut send, &shared.hello(), HELLO_BYTES_MAX, HELLO_LIMIT).await;
         within(HELLO_LIMIT, connection.closed()).await;
         return Err(None);
     }
     let told = |refusal| Some((Some(node), refusal));
-    let claim = PeerClaim { public_key, hello, address: connection.remote_address() };
+    let claim = PeerClaim { public_key, hello, address: remote_address(connection) };
     shared.admit(&claim).await.map_err(told)?;
     frames::write_value(&mut send, &shared.hello(), HELLO_BYTES_MAX, HELLO_LIMIT).await.map_err(nobody)?;
     let Confirm::Accepted =
@@ -173,7 +180,7 @@ pub(super) fn start_link(
 ) {
     let node = claim.hello.node_id;
     // The port that it listens on; behind an address translation the dialled one is right and stays in the book.
-    shared.learn(node, std::net::SocketAddr::new(claim.address.ip(), claim.hello.listen_port));
+    shared.learn(node, SocketAddr::new(claim.address.ip(), claim.hello.listen_port));
     let (link, replaced) = shared.install(connection, claim, dialled_by);
     let queue = super::executor::lock(&shared.table).slot(node).queue.clone();
     shared.tasks.spawn(watch(shared.clone(), link.clone(), replaced.clone()));
@@ -193,11 +200,11 @@ async fn watch(shared: Arc<Shared>, link: Link, replaced: Receiver<()>) {
     .await;
     match reason {
         Some(error) => {
-            if let ConnectionError::ApplicationClosed(close) = &error {
-                if let Some(refusal) = Refusal::read(close) {
-                    let node = Some(link.claim.hello.node_id);
-                    shared.tell_refusal(link.claim.address, node, refusal, RefusedBy::Peer).await;
-                }
+            if let ConnectionError::ApplicationClosed(close) = &error
+                && let Some(refusal) = Refusal::read(close)
+            {
+                let node = Some(link.claim.hello.node_id);
+                shared.tell_refusal(link.claim.address, node, refusal, RefusedBy::Peer).await;
             }
             shared.remove(&link, error.to_string());
         }
@@ -212,13 +219,13 @@ async fn read_frames(shared: Arc<Shared>, link: Link) {
     while let Ok(mut stream) = link.connection.accept_uni().await {
         let (owner, link) = (shared.clone(), link.clone());
         shared.tasks.spawn(async move {
-            if let Err(error) = read_frame_stream(&owner, &link, &mut stream).await {
-                if let Some(refusal) = malformed(&error) {
-                    warn!(peer = %link.claim.hello.node_id, error = %error, "peer sent a bad frame");
-                    refusal.close(&link.connection);
-                    let node = Some(link.claim.hello.node_id);
-                    owner.tell_refusal(link.claim.address, node, refusal, RefusedBy::Us).await;
-                }
+            if let Err(error) = read_frame_stream(&owner, &link, &mut stream).await
+                && let Some(refusal) = malformed(&error)
+            {
+                let peer = link.claim.hello.node_id;
+                warn!(%peer, error = %error, "peer sent a bad frame");
+                refusal.close(&link.connection);
+                owner.tell_refusal(link.claim.address, Some(peer), refusal, RefusedBy::Us).await;
             }
         });
     }

@@ -23,6 +23,7 @@ use super::identity::Membership;
 use super::ids::{NodeId, PublicKey};
 use super::join_limit::JoinLimit;
 use super::peers::{Authorise, Event, RefusedBy, TransportConfig};
+use super::serve;
 
 /// Two links younger than this were dialled across each other; of others the newest is the one that works.
 const CROSSING: Duration = Duration::from_secs(5);
@@ -106,10 +107,10 @@ pub(super) struct Slot {
     pub generation: u64,
     pub down_reason: String,
     pub queue: Arc<FrameQueue>,
-    /// Wakes its dialer.
+    /// Wakes its dialler.
     pub wake: Sender<()>,
     pub woken: Receiver<()>,
-    /// Dropped with the membership: ends its dialer.
+    /// Dropped with the membership: ends its dialler.
     pub dialler: Option<Sender<()>>,
 }
 
@@ -215,7 +216,7 @@ impl Shared {
         match live {
             Some(live) if live.claim.hello.start_id != claim.hello.start_id => {
                 if answers(&live.connection).await {
-                    return Err(admission::cloned(claim, live.connection.remote_address()));
+                    return Err(admission::cloned(claim, serve::remote_address(&live.connection)));
                 }
                 live.connection.close(super::hello::CLOSE_REPLACED, b"a newer start took its place");
                 Ok(())
@@ -297,7 +298,8 @@ impl Shared {
         }
         let mut table = lock(&self.table);
         let Some(slot) = table.slot_if_any(node) else { return };
-        if slot.link.is_none() && lock(&self.book).hint(node, address) {
+        let is_news = lock(&self.book).hint(node, address);
+        if is_news && slot.link.is_none() {
             let _ = slot.wake.try_send(());
         }
     }
@@ -334,7 +336,7 @@ impl Table {
     }
 }
 
-/// The dialer of a link, by id.
+/// The dialler of a link, by id.
 fn dialler(own_id: NodeId, peer: NodeId, dialled_by: DialledBy) -> NodeId {
     match dialled_by {
         DialledBy::Us => own_id,
@@ -366,11 +368,9 @@ async fn answers(connection: &quinn::Connection) -> bool {
             return false;
         }
         async_io::Timer::after(CLONE_PROBE_STEP).await;
-        if connection.close_reason().is_some() {
-            return false;
-        }
+        // In this order: a stateless reset counts as heard and closes the connection in the same step.
         if connection.stats().udp_rx.datagrams > heard {
-            return true;
+            return connection.close_reason().is_none();
         }
     }
     false

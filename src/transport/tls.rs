@@ -4,7 +4,7 @@
 //! unset clock never locks a board out; who the key belongs to is decided after the handshake. Sessions are never
 //! resumed: each connection proves its key again, so a removal holds at once.
 //!
-//! Invariant: a verifier accepts only what this CA signed for the role it asks for (`tests::a_foreign_ca_is_refused`).
+//! Invariant: a verifier accepts only what this CA signed for the role it asks for (`tests::hostile::a_foreign_ca_is_refused`).
 
 use std::sync::Arc;
 

@@ -272,7 +272,7 @@ fn a_bulk_body_arrives_whole_or_not_at_all() {
     let sent = site.run(nodes[0].transport.send_bulk(NodeId(2), b"snapshot 7".to_vec(), chunks(100)));
     sent.unwrap();
     let (header, length) = nodes[1].wait("bulk", |event| match event {
-        Event::Bulk { from, header, body } if from == NodeId(1) => Some((header, body.len())),
+        Event::Bulk { from: NodeId(1), header, body } => Some((header, body.len())),
         _ => None,
     });
     assert_eq!((header, length), (b"snapshot 7".to_vec(), 100 * (64 << 10)));
@@ -319,7 +319,7 @@ fn shutdown_joins_every_task_and_the_peer_notices_at_once() {
         loop {
             match nodes[1].events.recv().await.unwrap() {
                 Event::Frame { frame, .. } => is_flushed = frame == b"last words",
-                Event::Down { peer, reason } if peer == NodeId(1) => return reason,
+                Event::Down { peer: NodeId(1), reason } => return reason,
                 _ => {}
             }
         }
@@ -387,41 +387,61 @@ fn a_renumbered_site_forms_again() {
     nodes.into_iter().for_each(|node| drop(node.stop()));
 }
 
-#[test]
-fn a_crashed_peer_that_comes_back_at_once_is_no_clone() {
+/// Ends a node as `kill -9` does: no packet leaves it any more, and its port is free.
+fn crash(node: Node) -> Folder {
+    let shared = node.transport.shared().clone();
+    async_io::block_on(async {
+        shared.quic_tasks.stop().await;
+        shared.tasks.stop().await;
+        shared.writers.stop().await;
+    });
+    lock(&shared.table).slots.clear();
+    node.folder
+}
+
+/// A peer crashes and is back at once, at the same port or another: why the others gave its first start up.
+fn back_after_crash(port_offset: u16) -> Vec<String> {
+    let mut reasons = Vec::new();
     let site = Site::create();
-    let nodes = site.cluster(2);
-    let runner = Runner::start();
-    let other = Site { runner, authority: Authority::create().unwrap() };
-    let third = site.identity(3);
-    let crashed = other.start(&third, 1, "127.0.0.1:0", Folder::create());
-    let address = crashed.address();
+    let mut nodes = site.cluster(3);
     let members: BTreeMap<NodeId, PublicKey> =
-        nodes.iter().chain([&crashed]).map(|node| (node.id(), node.identity.node_key.public_key())).collect();
-    for node in nodes.iter().chain([&crashed]) {
-        node.transport.set_members(members.clone());
-        node.transport.hint(NodeId(3), address);
-    }
-    nodes.iter().for_each(|node| node.wait_up(2));
-    // The executor stops under it: no close is sent, as after kill -9. Its port is free again.
-    drop(other.runner);
-    let Node { transport, folder, .. } = crashed;
-    drop(transport);
+        nodes.iter().map(|node| (node.id(), node.identity.node_key.public_key())).collect();
+    let crashed = nodes.remove(2);
+    let (identity, port) = (crashed.identity.clone(), crashed.address().port());
+    let folder = crash(crashed);
     let begun = Instant::now();
-    let listen = format!("127.0.0.1:{}", address.port() + 1);
-    let back = site.start(&third, 2, &listen, folder);
+    let listen = format!("127.0.0.1:{}", port + port_offset);
+    let back = site.start(&identity, 99, &listen, folder);
     back.transport.set_members(members);
     nodes.iter().for_each(|node| back.transport.hint(node.id(), node.address()));
     for node in &nodes {
         until("second start up", || {
             let connections = node.transport.connections();
-            connections.get(&NodeId(3)).is_some_and(|state| state.claim.hello.start_id == StartId(2))
+            connections.get(&NodeId(3)).is_some_and(|state| state.claim.hello.start_id == StartId(99))
         });
+        let told = node.wait("second up", |event| match event {
+            Event::Down { peer: NodeId(3), reason } => Some(reason),
+            Event::Up { claim } if claim.hello.start_id == StartId(99) => Some(String::new()),
+            _ => None,
+        });
+        assert!(!told.is_empty(), "the first start is told to be down before the second is up");
+        reasons.push(told);
     }
     println!("a crashed peer was back after {} ms", begun.elapsed().as_millis());
-    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
     drop(back.stop());
     nodes.into_iter().for_each(|node| drop(node.stop()));
+    reasons
+}
+
+#[test]
+fn a_crashed_peer_that_comes_back_at_once_resets_its_old_connections() {
+    let reasons = back_after_crash(0);
+    assert!(reasons.iter().all(|reason| reason == "reset by peer"), "{reasons:?}");
+}
+
+#[test]
+fn a_crashed_peer_that_comes_back_elsewhere_is_no_clone() {
+    assert_eq!(back_after_crash(1).len(), 2);
 }
 
 /// A folder that is removed again.
