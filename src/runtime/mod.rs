@@ -1,1 +1,5 @@
 //! Images, bundles, shims, logs.
+
+pub mod images;
+#[cfg(test)]
+pub(crate) mod scratch;
