@@ -9,10 +9,10 @@ use std::path::PathBuf;
 
 use oci_spec::OciSpecError;
 use oci_spec::runtime::{
-    Capabilities, Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder, LinuxDeviceCgroupBuilder,
-    LinuxMemoryBuilder, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType, LinuxPidsBuilder,
-    LinuxResources, LinuxResourcesBuilder, Mount, MountBuilder, PosixRlimitBuilder, PosixRlimitType, Process,
-    ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder,
+    Capabilities, Capability, LinuxBuilder, LinuxCapabilitiesBuilder, LinuxCpuBuilder,
+    LinuxDeviceCgroupBuilder, LinuxMemoryBuilder, LinuxNamespace, LinuxNamespaceBuilder, LinuxNamespaceType,
+    LinuxPidsBuilder, LinuxResources, LinuxResourcesBuilder, Mount, MountBuilder, PosixRlimitBuilder,
+    PosixRlimitType, Process, ProcessBuilder, RootBuilder, Spec, SpecBuilder, UserBuilder,
 };
 use serde::{Deserialize, Serialize};
 
@@ -43,7 +43,9 @@ pub enum BundleError {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("`{0}` is no container id: 1 to {ID_BYTES_MAX} letters, digits, `.`, `_` or `-`, a letter or digit first")]
+#[error(
+    "`{0}` is no container id: 1 to {ID_BYTES_MAX} letters, digits, `.`, `_` or `-`, a letter or digit first"
+)]
 pub struct ContainerIdError(String);
 
 /// Names a container on this node; safe as a file name and as a cgroup name.
@@ -434,7 +436,8 @@ fn mounts(spec: &ContainerSpec, around: &Surroundings) -> Result<Vec<Mount>, Bun
         mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", "ro"])?,
     ];
     for tmpfs in &spec.tmpfs {
-        let mut options = vec!["nosuid".to_owned(), "nodev".to_owned(), "noexec".to_owned(), "mode=1777".to_owned()];
+        let mut options =
+            vec!["nosuid".to_owned(), "nodev".to_owned(), "noexec".to_owned(), "mode=1777".to_owned()];
         options.extend(tmpfs.size_bytes_max.map(|bytes| format!("size={bytes}")));
         let options: Vec<&str> = options.iter().map(String::as_str).collect();
         mounts.push(mount(absolute(&tmpfs.destination)?, "tmpfs", "tmpfs", &options)?);
@@ -461,7 +464,12 @@ fn mount(destination: &str, kind: &str, source: &str, options: &[&str]) -> Resul
 
 fn bind(source: &std::path::Path, destination: &str, options: &[&str]) -> Result<Mount, BundleError> {
     let options: Vec<String> = options.iter().map(|option| (*option).to_owned()).collect();
-    Ok(MountBuilder::default().destination(destination).typ("bind").source(source).options(options).build()?)
+    Ok(MountBuilder::default()
+        .destination(destination)
+        .typ("bind")
+        .source(source)
+        .options(options)
+        .build()?)
 }
 
 fn absolute(path: &str) -> Result<&str, BundleError> {

@@ -2,7 +2,8 @@
 
 pub mod bundle;
 pub mod images;
-pub mod seccomp;
-pub mod user;
+pub mod logs;
 #[cfg(test)]
 pub(crate) mod scratch;
+pub mod seccomp;
+pub mod user;

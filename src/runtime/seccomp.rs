@@ -137,7 +137,8 @@ pub fn default_profile(has_capability: &dyn Fn(Capability) -> bool) -> Result<Ve
     let everyone = [ALLOWED, ALLOWED_BY_NUMBER, ALLOWED_HERE, ALLOWED_HERE_BY_NUMBER].concat();
     rules.extend(everyone.into_iter().map(|number| (number, Vec::new())));
     rules.insert(SYS_socket, vec![rule(SeccompCmpOp::Ne, AF_VSOCK_FAMILY, SeccompCmpArgLen::Dword)?]);
-    let personalities = PERSONALITIES.iter().map(|value| rule(SeccompCmpOp::Eq, *value, SeccompCmpArgLen::Dword));
+    let personalities =
+        PERSONALITIES.iter().map(|value| rule(SeccompCmpOp::Eq, *value, SeccompCmpArgLen::Dword));
     rules.insert(SYS_personality, personalities.collect::<Result<_, _>>()?);
     if !is_admin {
         let plain = rule(SeccompCmpOp::MaskedEq(CLONE_NEW_MASK), 0, SeccompCmpArgLen::Qword)?;

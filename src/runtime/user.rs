@@ -18,7 +18,11 @@ pub enum UserError {
     #[error("the image has no group `{0}` in /etc/group; use its number or another image")]
     NoGroup(String),
     #[error("read {file} of the image")]
-    Read { file: &'static str, #[source] source: std::io::Error },
+    Read {
+        file: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
