@@ -119,3 +119,20 @@ pub fn receive_fd(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usiz
 pub fn message_pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
 }
+
+/// Listens at `path` for byte streams. An old socket file there is replaced.
+pub fn listen_stream(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
+    let _ = fs::remove_file(path);
+    // Bound before the folder's descriptor, which the short path runs through, is closed.
+    let short = short_path(path)?;
+    std::os::unix::net::UnixListener::bind(&short.path)
+}
+
+/// Accepts one waiting connection, which then never blocks. `None`: nobody waits.
+pub fn accept_messages(listener: BorrowedFd<'_>) -> io::Result<Option<OwnedFd>> {
+    match rustix::net::accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+        Ok(client) => Ok(Some(client)),
+        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}

@@ -6,4 +6,5 @@ pub mod logs;
 #[cfg(test)]
 pub(crate) mod scratch;
 pub mod seccomp;
+pub mod shim;
 pub mod user;

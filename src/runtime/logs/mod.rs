@@ -14,7 +14,7 @@ mod reader;
 mod writer;
 
 pub use reader::{FollowEvent, LogError, LogReader, LogRequest, settle};
-pub(super) use writer::LogWriter;
+pub(super) use writer::{LogWriter, Now, read_rest};
 
 /// A frame's text; longer lines are several frames. Also the size of one read from a container.
 pub const TEXT_BYTES_MAX: usize = 16 * 1024;

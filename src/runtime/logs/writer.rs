@@ -191,9 +191,10 @@ impl LogWriter {
     }
 
     /// Ends the log: the unwritten rest is handed over instead of written, for a crash loop to cost no flush each.
-    pub fn into_rest(mut self, now: Now) -> Vec<u8> {
+    pub fn take_rest(&mut self, now: Now) -> Vec<u8> {
         self.note_dropped(now, &mut |_| {});
-        self.buffer
+        self.oldest = None;
+        std::mem::take(&mut self.buffer)
     }
 }
 
@@ -261,7 +262,7 @@ mod tests {
                 (Stream::Stdout, LineEnd::Ended, b"".to_vec()),
             ]
         );
-        assert_eq!(writer.into_rest(now(2, start)), live);
+        assert_eq!(writer.take_rest(now(2, start)), live);
     }
 
     #[test]
