@@ -134,22 +134,31 @@ pub fn reap(pid: i32) {
     }
 }
 
-/// Gives the child of `command` the descriptor `fd` under the number `target`. Nobody else inherits it: the copy
-/// without close-on-exec exists only between fork and exec of this child.
-pub fn inherit(command: &mut Command, fd: OwnedFd, target: RawFd) {
-    // SAFETY: the closure runs in the forked child and calls only dup2 and fcntl, which are async-signal-safe.
-    // `fd` is owned by the closure, so it is open whenever the closure runs.
+/// Gives the child of `command` the descriptor `fd` under the number `target` (below 16). Nobody else inherits it:
+/// the copy without close-on-exec exists only between fork and exec of this child.
+pub fn inherit(command: &mut Command, fd: BorrowedFd<'_>, target: RawFd) -> io::Result<()> {
+    assert!((3..16).contains(&target), "below the numbers of the sources");
+    // High, so that no source is overwritten by an earlier target.
+    let source = rustix::io::fcntl_dupfd_cloexec(fd, 16)?;
+    // SAFETY: the closure runs in the forked child and calls only dup2, which is async-signal-safe. `source` is owned
+    // by the closure, so it is open whenever the closure runs.
     unsafe {
-        command.pre_exec(move || {
-            let source = fd.as_raw_fd();
-            let result = if source == target {
-                libc::fcntl(source, libc::F_SETFD, 0)
-            } else {
-                libc::dup2(source, target)
-            };
-            if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        command.pre_exec(move || match libc::dup2(source.as_raw_fd(), target) {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
         });
     }
+    Ok(())
+}
+
+/// Sets the size of a pseudo terminal through its master side.
+pub fn set_terminal_size(master: BorrowedFd<'_>, rows: u16, columns: u16) -> io::Result<()> {
+    let size = libc::winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
+    // SAFETY: TIOCSWINSZ reads one `winsize` from the pointer, which is valid for the call; the descriptor is open.
+    if unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &size) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 /// Takes over a descriptor that the parent passed by number (`inherit`), and makes it close-on-exec.

@@ -94,7 +94,8 @@ fn execute(arguments: &ExecArguments, status: &OwnedFd) -> Result<i32, HelperErr
         listener = Some(socket::listen_stream(console).map_err(failed("listen for the terminal"))?);
         builder = builder.with_console_socket(Some(console.clone()));
     }
-    let joined = builder.as_tenant().with_process(Some(Path::new(&path))).with_detach(listener.is_some()).build();
+    let joined =
+        builder.as_tenant().with_process(Some(Path::new(&path))).with_detach(listener.is_some()).build();
     if let Some(console) = &arguments.console {
         let _ = std::fs::remove_file(console);
     }

@@ -39,10 +39,14 @@ pub struct LaunchArguments {
 
 impl LaunchArguments {
     pub fn to_words(&self) -> Vec<PathBuf> {
-        vec!["shim".into(), self.id.clone().into(), self.run.clone(), self.states.clone(), self.logs.clone(), self
-            .cgroup
-            .clone()
-            .into()]
+        vec![
+            "shim".into(),
+            self.id.clone().into(),
+            self.run.clone(),
+            self.states.clone(),
+            self.logs.clone(),
+            self.cgroup.clone().into(),
+        ]
     }
 
     fn parse(words: &[&str]) -> Option<LaunchArguments> {

@@ -67,9 +67,8 @@ impl ShimRecord {
     fn parse(text: &str) -> Option<ShimRecord> {
         let mut words = text.strip_prefix("1 ")?.split_ascii_whitespace();
         let boot_id = words.next()?.to_owned();
-        let mut process = || {
-            Some(ProcessId { pid: words.next()?.parse().ok()?, start_ticks: words.next()?.parse().ok()? })
-        };
+        let mut process =
+            || Some(ProcessId { pid: words.next()?.parse().ok()?, start_ticks: words.next()?.parse().ok()? });
         let (shim, container) = (process()?, process()?);
         let container = (container.pid != 0).then_some(container);
         Some(ShimRecord { boot_id, shim, container, started_at_ms: words.next()?.parse().ok()? })

@@ -46,7 +46,8 @@ pub struct WaitArguments {
 impl WaitArguments {
     pub fn to_words(&self) -> Vec<PathBuf> {
         let numbers = [self.control_fd, self.stdout_fd, self.stderr_fd].map(|number| number.to_string());
-        let mut words = vec!["shim-wait".into(), self.run.clone(), self.logs.clone(), self.cgroup.clone().into()];
+        let mut words =
+            vec!["shim-wait".into(), self.run.clone(), self.logs.clone(), self.cgroup.clone().into()];
         words.extend([self.pid.to_string().into(), self.started_at_ms.to_string().into()]);
         words.extend(numbers.map(PathBuf::from));
         words
@@ -98,7 +99,8 @@ impl Waiter {
         let children = process::child_exit_fd()?;
         let control = process::take_inherited(arguments.control_fd)?;
         let mut outputs = Vec::with_capacity(2);
-        for (stream, number) in [(Stream::Stdout, arguments.stdout_fd), (Stream::Stderr, arguments.stderr_fd)] {
+        for (stream, number) in [(Stream::Stdout, arguments.stdout_fd), (Stream::Stderr, arguments.stderr_fd)]
+        {
             if number >= 0 {
                 let fd = process::take_inherited(number)?;
                 rustix::io::ioctl_fionbio(&fd, true)?;
@@ -263,7 +265,8 @@ impl Waiter {
     fn exit_record(&self) -> ExitRecord {
         let status = self.exit;
         let signal = status.and_then(WaitStatus::terminating_signal);
-        let code = status.and_then(WaitStatus::exit_status).or(signal.map(|number| 128 + number)).unwrap_or(255);
+        let code =
+            status.and_then(WaitStatus::exit_status).or(signal.map(|number| 128 + number)).unwrap_or(255);
         let oom_kills = Cgroups::detect().map_or(0, |cgroups| cgroups.oom_kills(&self.arguments.cgroup));
         ExitRecord {
             code,
