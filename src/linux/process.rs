@@ -189,6 +189,17 @@ pub fn child_exit_fd() -> io::Result<OwnedFd> {
     Ok(fd.as_fd().try_clone_to_owned()?)
 }
 
+/// Gives every signal its default action and unblocks all, as a program expects at its start. Rust's own start-up
+/// ignores SIGPIPE, and exec passes that on.
+pub fn reset_signals() -> io::Result<()> {
+    use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
+    for number in Signal::iterator().filter(|number| !matches!(number, Signal::SIGKILL | Signal::SIGSTOP)) {
+        // SAFETY: SIG_DFL installs no handler, so nothing of this program runs in signal context.
+        unsafe { signal(number, SigHandler::SigDfl) }?;
+    }
+    Ok(SigSet::empty().thread_set_mask()?)
+}
+
 /// The machine's hard limit of open files for a child of this process.
 pub fn open_files_hard_limit() -> u64 {
     rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap_or(u64::MAX)

@@ -11,6 +11,7 @@ use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use oci_spec::runtime::{Capability, Process, Spec};
 use seccompiler::BpfProgram;
 
+use crate::linux::process;
 use crate::runtime::seccomp::{SeccompError, default_profile};
 
 #[derive(Clone)]
@@ -29,6 +30,9 @@ impl FilteredExecutor {
 
 impl Executor for FilteredExecutor {
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        if let Err(error) = process::reset_signals() {
+            return Err(ExecutorError::Execution(Box::new(error)));
+        }
         for program in &self.programs {
             if let Err(error) = seccompiler::apply_filter(program) {
                 // Into the container's log: nobody else listens any more.

@@ -29,6 +29,9 @@ const CLIENTS_MAX: usize = 8;
 /// One message to a follower; far below a socket's buffer.
 const MESSAGE_BYTES_MAX: usize = 48 * 1024;
 
+/// Output that comes within this time of the last is let gather for as long.
+const CHATTY_PAUSE: Duration = Duration::from_millis(1);
+
 /// What the waiter is told, in this order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WaitArguments {
@@ -119,17 +122,19 @@ impl Waiter {
         let mut buffer = vec![0u8; TEXT_BYTES_MAX];
         // A child may have ended before its signal was watched.
         self.reap();
+        let mut last_wake = Instant::now();
         while self.exit.is_none() {
             let ready = self.poll()?;
+            if last_wake.elapsed() < CHATTY_PAUSE {
+                // Line by line, a chatty container would wake this process a million times: read it in batches.
+                std::thread::sleep(CHATTY_PAUSE);
+            }
+            last_wake = Instant::now();
             if ready.children {
                 // One read takes one of the queued signals; what matters is in waitpid.
                 let _ = rustix::io::read(&self.children, &mut buffer[..128]);
             }
-            for index in (0..self.outputs.len()).rev().filter(|index| ready.outputs[*index]) {
-                if !self.pump(index, &mut buffer) {
-                    self.outputs.remove(index);
-                }
-            }
+            self.pump_ready(&ready.outputs, &mut buffer);
             for index in (0..self.clients.len()).rev().filter(|index| ready.clients[*index]) {
                 if !self.serve(index) {
                     self.clients.remove(index);
@@ -173,6 +178,19 @@ impl Waiter {
                 self.exit = Some(status);
             }
         }
+    }
+
+    /// Reads every output that has something, stdout first, and forgets those that have ended.
+    fn pump_ready(&mut self, ready: &[bool], buffer: &mut [u8]) {
+        let mut ended = [false; 2];
+        for index in (0..self.outputs.len()).filter(|index| ready[*index]) {
+            ended[index] = !self.pump(index, buffer);
+        }
+        let mut index = 0;
+        self.outputs.retain(|_| {
+            index += 1;
+            !ended[index - 1]
+        });
     }
 
     /// One read of an output into the log and to the followers. `false`: it has ended.
