@@ -16,6 +16,8 @@ mod container;
 mod exec;
 pub mod images;
 pub mod logs;
+pub mod reference;
+pub mod registry;
 pub mod rootfs;
 #[cfg(test)]
 pub(crate) mod scratch;
