@@ -1,1 +1,10 @@
-fn main() {}
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if args.first().and_then(|verb| verb.to_str()).is_some_and(|verb| verb.starts_with("shim")) {
+        return tinydc::runtime::shim_main(&args);
+    }
+    ExitCode::SUCCESS
+}

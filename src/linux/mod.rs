@@ -1,1 +1,10 @@
 //! The only place with `unsafe`: system calls that no crate serves.
+//!
+//! Input: plain values. Output: plain values or `io::Error` of the call that failed. Nothing here decides anything.
+//! Every `unsafe` block lists what it relies on.
+
+pub mod cgroup;
+pub mod mount;
+pub mod netns;
+pub mod process;
+pub mod socket;

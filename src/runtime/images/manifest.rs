@@ -1,0 +1,307 @@
+//! Reads manifests, indexes and image configurations.
+//!
+//! Input: bytes whose digest was checked. Output: small types with parsed digests; nothing else is trusted.
+
+use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest};
+use serde::{Deserialize, Serialize};
+
+use super::digest::Digest;
+
+/// A manifest, an index or a configuration is never longer.
+pub const DOCUMENT_BYTES_MAX: u64 = 4 * 1024 * 1024;
+/// A compressed layer is never longer.
+pub const LAYER_BYTES_MAX: u64 = 8 * 1024 * 1024 * 1024;
+/// What overlayfs stacks in one page of mount options (`linux::mount`).
+pub const LAYERS_MAX: usize = 128;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ManifestError {
+    #[error("{digest} is no OCI or Docker {what}")]
+    Parse {
+        what: &'static str,
+        digest: Digest,
+        #[source]
+        source: serde_json::Error,
+    },
+    #[error("{digest} names a blob by an unusable digest")]
+    BadDigest {
+        digest: Digest,
+        #[source]
+        source: super::digest::DigestError,
+    },
+    #[error("the image is not built for {wanted}; it has {offered}")]
+    NoPlatform { wanted: Platform, offered: String },
+    #[error("{manifest} has {layers} layers but its configuration lists {diff_ids}")]
+    LayerCount { manifest: Digest, layers: usize, diff_ids: usize },
+    #[error("{manifest} has {layers} layers; at most {LAYERS_MAX} can be stacked")]
+    TooManyLayers { manifest: Digest, layers: usize },
+    #[error("{blob} has an impossible size of {bytes} bytes")]
+    BlobSize { blob: Digest, bytes: u64 },
+}
+
+/// An architecture as image indexes name it (`amd64`, `arm64`, `arm`) with its variant (`v7`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Platform {
+    pub architecture: String,
+    pub variant: Option<String>,
+}
+
+impl Platform {
+    /// The platform of this binary.
+    pub fn host() -> Platform {
+        let (architecture, variant) = match std::env::consts::ARCH {
+            "x86_64" => ("amd64", None),
+            "aarch64" => ("arm64", Some("v8")),
+            "arm" => ("arm", Some("v7")),
+            other => (other, None),
+        };
+        Platform { architecture: architecture.into(), variant: variant.map(Into::into) }
+    }
+
+    /// How well an offer suits: higher is better, `None` does not run here.
+    fn suits(&self, offer: &Platform) -> Option<u32> {
+        if self.architecture != offer.architecture {
+            return None;
+        }
+        let level = |variant: &Option<String>| {
+            variant.as_deref().map(|text| text.trim_start_matches('v').parse::<u32>().unwrap_or(u32::MAX))
+        };
+        match (self.architecture.as_str(), level(&self.variant), level(&offer.variant)) {
+            (_, _, None) => Some(0),
+            // 32-bit ARM is compatible downwards; the highest level that still runs is the fastest.
+            ("arm", Some(own), Some(offered)) => (offered <= own).then_some(offered),
+            ("arm64", _, Some(offered)) => (offered == 8).then_some(1),
+            // amd64 levels above 1 may use instructions that this processor lacks.
+            (_, _, Some(offered)) => (offered <= 1).then_some(0),
+        }
+    }
+}
+
+impl std::fmt::Display for Platform {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "linux/{}", self.architecture)?;
+        match &self.variant {
+            Some(variant) => write!(formatter, "/{variant}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A blob that a manifest or an index names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BlobRef {
+    pub digest: Digest,
+    pub size_bytes: u64,
+}
+
+/// What a top digest turned out to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Document {
+    Manifest(Manifest),
+    Index(Index),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Manifest {
+    pub digest: Digest,
+    pub config: BlobRef,
+    /// Base layer first.
+    pub layers: Vec<BlobRef>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Index {
+    pub digest: Digest,
+    /// Entries for Linux, in the index's order; attestations and other systems are left out.
+    pub manifests: Vec<(Platform, BlobRef)>,
+    /// Every digest in it, to tell what an index keeps alive.
+    pub all: Vec<Digest>,
+}
+
+/// What a container takes from its image.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageConfig {
+    pub entrypoint: Vec<String>,
+    pub command: Vec<String>,
+    pub env: Vec<String>,
+    pub working_dir: String,
+    pub user: String,
+    pub stop_signal: Option<String>,
+    pub volumes: Vec<String>,
+    pub exposed_ports: Vec<String>,
+    pub labels: Vec<(String, String)>,
+}
+
+impl Document {
+    pub fn parse(digest: &Digest, bytes: &[u8]) -> Result<Document, ManifestError> {
+        // The body decides, not the media type that a registry claims: an index has `manifests`.
+        #[derive(Deserialize)]
+        struct Shape {
+            manifests: Option<serde::de::IgnoredAny>,
+        }
+        let shape: Shape = parse_json("manifest", digest, bytes)?;
+        if shape.manifests.is_some() {
+            return Index::parse(digest, bytes).map(Document::Index);
+        }
+        Manifest::parse(digest, bytes).map(Document::Manifest)
+    }
+}
+
+impl Manifest {
+    fn parse(digest: &Digest, bytes: &[u8]) -> Result<Manifest, ManifestError> {
+        let manifest: ImageManifest = parse_json("image manifest", digest, bytes)?;
+        let config = blob_ref(digest, manifest.config())?;
+        if config.size_bytes > DOCUMENT_BYTES_MAX {
+            return Err(ManifestError::BlobSize { blob: config.digest, bytes: config.size_bytes });
+        }
+        let layers: Vec<BlobRef> =
+            manifest.layers().iter().map(|layer| blob_ref(digest, layer)).collect::<Result<_, _>>()?;
+        if layers.len() > LAYERS_MAX {
+            return Err(ManifestError::TooManyLayers { manifest: digest.clone(), layers: layers.len() });
+        }
+        Ok(Manifest { digest: digest.clone(), config, layers })
+    }
+}
+
+impl Index {
+    fn parse(digest: &Digest, bytes: &[u8]) -> Result<Index, ManifestError> {
+        let index: ImageIndex = parse_json("image index", digest, bytes)?;
+        let mut manifests = Vec::new();
+        let mut all = Vec::new();
+        for entry in index.manifests() {
+            let blob = blob_ref(digest, entry)?;
+            all.push(blob.digest.clone());
+            let Some(platform) = entry.platform() else { continue };
+            if platform.os().to_string() == "linux" {
+                let architecture = platform.architecture().to_string();
+                manifests.push((Platform { architecture, variant: platform.variant().clone() }, blob));
+            }
+        }
+        Ok(Index { digest: digest.clone(), manifests, all })
+    }
+
+    /// The manifest for `wanted`.
+    pub fn choose(&self, wanted: &Platform) -> Result<&BlobRef, ManifestError> {
+        // max_by_key takes the last of equals; the first is what other runtimes take.
+        let suited =
+            self.manifests.iter().rev().filter_map(|(offer, blob)| Some((wanted.suits(offer)?, blob)));
+        suited.max_by_key(|(rank, _)| *rank).map(|(_, blob)| blob).ok_or_else(|| {
+            let offered: Vec<String> = self.manifests.iter().map(|(offer, _)| offer.to_string()).collect();
+            let offered =
+                if offered.is_empty() { "nothing for linux".to_owned() } else { offered.join(", ") };
+            ManifestError::NoPlatform { wanted: wanted.clone(), offered }
+        })
+    }
+}
+
+/// The configuration blob: settings, platform, and the digest of each layer's tar, base first.
+#[derive(Clone, Debug)]
+pub struct ConfigDocument {
+    pub config: ImageConfig,
+    pub platform: Platform,
+    pub diff_ids: Vec<Digest>,
+}
+
+impl ConfigDocument {
+    pub fn parse(digest: &Digest, bytes: &[u8]) -> Result<ConfigDocument, ManifestError> {
+        let parsed: ImageConfiguration = parse_json("image configuration", digest, bytes)?;
+        let diff_ids = parsed.rootfs().diff_ids().iter().map(|text| {
+            Digest::parse(text).map_err(|source| ManifestError::BadDigest { digest: digest.clone(), source })
+        });
+        let diff_ids = diff_ids.collect::<Result<Vec<_>, _>>()?;
+        let inner = parsed.config().clone().unwrap_or_default();
+        let mut labels: Vec<_> = inner.labels().clone().unwrap_or_default().into_iter().collect();
+        labels.sort();
+        let config = ImageConfig {
+            entrypoint: inner.entrypoint().clone().unwrap_or_default(),
+            command: inner.cmd().clone().unwrap_or_default(),
+            env: inner.env().clone().unwrap_or_default(),
+            working_dir: inner.working_dir().clone().unwrap_or_default(),
+            user: inner.user().clone().unwrap_or_default(),
+            stop_signal: inner.stop_signal().clone(),
+            volumes: inner.volumes().clone().unwrap_or_default(),
+            exposed_ports: inner.exposed_ports().clone().unwrap_or_default(),
+            labels,
+        };
+        let architecture = parsed.architecture().to_string();
+        let variant = parsed.variant().clone();
+        Ok(ConfigDocument { config, platform: Platform { architecture, variant }, diff_ids })
+    }
+
+    /// Fails when `host` cannot run the image or its layers are not all described.
+    pub fn check(&self, manifest: &Manifest, host: &Platform) -> Result<(), ManifestError> {
+        let (layers, diff_ids) = (manifest.layers.len(), self.diff_ids.len());
+        if layers != diff_ids {
+            return Err(ManifestError::LayerCount { manifest: manifest.digest.clone(), layers, diff_ids });
+        }
+        if host.architecture != self.platform.architecture {
+            let offered = self.platform.to_string();
+            return Err(ManifestError::NoPlatform { wanted: host.clone(), offered });
+        }
+        Ok(())
+    }
+}
+
+fn parse_json<'a, T: Deserialize<'a>>(
+    what: &'static str,
+    digest: &Digest,
+    bytes: &'a [u8],
+) -> Result<T, ManifestError> {
+    serde_json::from_slice(bytes).map_err(|source| ManifestError::Parse {
+        what,
+        digest: digest.clone(),
+        source,
+    })
+}
+
+fn blob_ref(owner: &Digest, descriptor: &Descriptor) -> Result<BlobRef, ManifestError> {
+    let digest = Digest::parse(&descriptor.digest().to_string())
+        .map_err(|source| ManifestError::BadDigest { digest: owner.clone(), source })?;
+    let size_bytes = descriptor.size();
+    if size_bytes > LAYER_BYTES_MAX {
+        return Err(ManifestError::BlobSize { blob: digest, bytes: size_bytes });
+    }
+    Ok(BlobRef { digest, size_bytes })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn platform(text: &str) -> Platform {
+        let (architecture, variant) =
+            text.split_once('/').map_or((text, None), |(a, v)| (a, Some(v.to_owned())));
+        Platform { architecture: architecture.to_owned(), variant }
+    }
+
+    #[test]
+    fn the_best_manifest_that_runs_here_is_chosen() {
+        let digest = |byte: u8| Digest::from_hex(&format!("{byte:02x}").repeat(32)).unwrap();
+        let cases = [
+            ("amd64", vec!["arm64/v8", "amd64", "amd64/v3"], Some(1)),
+            ("arm64/v8", vec!["arm/v7", "arm64/v8"], Some(1)),
+            ("arm64/v8", vec!["arm64"], Some(0)),
+            ("arm/v7", vec!["arm/v5", "arm/v7", "arm/v6", "arm/v8"], Some(1)),
+            ("arm/v6", vec!["arm/v5", "arm/v7", "arm/v6"], Some(2)),
+            ("arm/v6", vec!["arm/v7"], None),
+            ("amd64", vec!["amd64", "amd64"], Some(0)),
+            ("amd64", vec![], None),
+        ];
+        for (host, offers, expected) in cases {
+            let manifests = offers
+                .iter()
+                .zip(0u8..)
+                .map(|(offer, n)| (platform(offer), BlobRef { digest: digest(n), size_bytes: 1 }))
+                .collect();
+            let index = Index { digest: digest(255), manifests, all: vec![] };
+            let chosen = index.choose(&platform(host)).ok().map(|blob| blob.digest.clone());
+            assert_eq!(chosen, expected.map(digest), "{host} of {offers:?}");
+        }
+    }
+
+    #[test]
+    fn a_digest_that_is_no_file_name_is_refused() {
+        let bytes = br#"{"schemaVersion":2,"config":{"mediaType":"a/b","digest":"sha256:../../etc","size":1},"layers":[]}"#;
+        assert!(Document::parse(&Digest::of(bytes), bytes).is_err());
+    }
+}

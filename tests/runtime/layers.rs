@@ -1,0 +1,1 @@
+//! Images, friendly and hostile.

@@ -1,0 +1,9 @@
+//! The runtime against the real kernel: real images, overlays, namespaces, cgroups and shims.
+//!
+//! Needs root, overlayfs, a memory cgroup and Debian's `busybox-static`; what is missing fails by name. Every test has
+//! a node tag and folders of its own and removes all of it, also when it fails.
+
+mod containers;
+mod layers;
+mod node;
+mod output;
