@@ -45,6 +45,8 @@ const IDLE: Duration = Duration::from_secs(5);
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// On a LAN the first lost packet of a handshake is sent again after three of these, not after a second.
 const INITIAL_RTT: Duration = Duration::from_millis(50);
+/// QUIC gives each stream its own window; the connection's holds four, so that two bulk bodies never use up what
+/// frames need.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
 const STREAMS_AT_ONCE_MAX: u32 = 128;
