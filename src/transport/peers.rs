@@ -194,7 +194,7 @@ impl Transport {
         let listen = |source| StartError::Listen { address: config.listen, source };
         let socket = UdpSocket::bind(config.listen).map_err(listen)?;
         let listen_port = socket.local_addr().map_err(listen)?.port();
-        // Derived from the node key: after a crash the next start resets the old connections of its peers at once.
+        // Derived from the node key: after a crash the next start resets the connections that peers had dialled at once.
         let endpoint = quinn::Endpoint::new(
             endpoint_config(&derive_key(key.as_pkcs8(), "stateless reset")),
             Some(server),
