@@ -132,7 +132,10 @@ pub(super) async fn dial(
     let greeted = greet(shared, &connection, expected).await;
     match greeted {
         Ok(claim) => {
+            let node = claim.hello.node_id;
             serve::start_link(shared, connection, claim, DialledBy::Us);
+            // Behind a port forwarding this is not where the peer says it listens, but it works from here.
+            shared.learn(node, address);
             Ok(())
         }
         Err(error) => {

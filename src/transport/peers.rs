@@ -45,6 +45,8 @@ const IDLE: Duration = Duration::from_secs(5);
 const KEEP_ALIVE: Duration = Duration::from_secs(1);
 /// On a LAN the first lost packet of a handshake is sent again after three of these, not after a second.
 const INITIAL_RTT: Duration = Duration::from_millis(50);
+/// QUIC gives each stream its own window; the connection's holds four, so that two bulk bodies never use up what
+/// frames need.
 const STREAM_WINDOW_BYTES: u32 = 1 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 4 << 20;
 const STREAMS_AT_ONCE_MAX: u32 = 128;
@@ -192,7 +194,7 @@ impl Transport {
         let listen = |source| StartError::Listen { address: config.listen, source };
         let socket = UdpSocket::bind(config.listen).map_err(listen)?;
         let listen_port = socket.local_addr().map_err(listen)?.port();
-        // Derived from the node key: after a crash the next start resets the old connections of its peers at once.
+        // Derived from the node key: after a crash the next start resets the connections that peers had dialled at once.
         let endpoint = quinn::Endpoint::new(
             endpoint_config(&derive_key(key.as_pkcs8(), "stateless reset")),
             Some(server),

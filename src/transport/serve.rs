@@ -179,7 +179,7 @@ pub(super) fn start_link(
     dialled_by: DialledBy,
 ) {
     let node = claim.hello.node_id;
-    // The port that it listens on; behind an address translation the dialled one is right and stays in the book.
+    // Where it listens, as far as it knows.
     shared.learn(node, SocketAddr::new(claim.address.ip(), claim.hello.listen_port));
     let (link, replaced) = shared.install(connection, claim, dialled_by);
     let queue = super::executor::lock(&shared.table).slot(node).queue.clone();

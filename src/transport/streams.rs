@@ -20,12 +20,13 @@ use tracing::debug;
 use super::executor::within;
 use super::frames::{self, FrameError};
 use super::ids::NodeId;
-use super::peers::{Event, Transport};
+use super::peers::{Event, FRAME_BYTES_MAX, Transport};
 use super::serve::{Counted, finish};
 use super::table::{Link, Shared};
 
 pub const BULK_CHUNK_BYTES_MAX: usize = 64 << 10;
 pub const BULK_HEADER_BYTES_MAX: usize = 64 << 10;
+const _: () = assert!(BULK_CHUNK_BYTES_MAX <= FRAME_BYTES_MAX);
 /// Bodies taken at once, of all peers: bounds the memory they hold.
 const BULKS_AT_ONCE_MAX: usize = 2;
 const BULK_PRIORITY: i32 = -1;

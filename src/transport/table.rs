@@ -22,7 +22,7 @@ use super::hello::{Hello, PROTOCOL, PeerClaim, Refusal, RefusalCode};
 use super::identity::Membership;
 use super::ids::{NodeId, PublicKey};
 use super::join_limit::JoinLimit;
-use super::peers::{Authorise, Event, RefusedBy, TransportConfig};
+use super::peers::{Authorise, Event, FRAME_BYTES_MAX, RefusedBy, TransportConfig};
 use super::serve;
 
 /// Two links younger than this were dialled across each other; of others the newest is the one that works.
@@ -34,6 +34,7 @@ const CLONE_PROBE_STEP: Duration = Duration::from_millis(50);
 const QUEUE_FRAMES_MAX: usize = 256;
 /// Bytes waiting for one peer; over it frames are dropped.
 const QUEUE_BYTES_MAX: usize = 4 << 20;
+const _: () = assert!(FRAME_BYTES_MAX <= QUEUE_BYTES_MAX);
 /// A refusal of the same address for the same reason is told again after this long.
 const REFUSAL_TOLD_EVERY: Duration = Duration::from_secs(60);
 const REFUSALS_REMEMBERED_MAX: usize = 256;
