@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tinydc::runtime::{
     Access, Bind, CheckEnd, ContainerEnd, ContainerId, ContainerSpec, ContainerState, ExecRequest,
-    ExecStreams, KeepLogs, Runtime, Seed, Tmpfs,
+    ExecStreams, KeepLogs, Runtime, RuntimeConfig, Seed, Tmpfs,
 };
 
 use crate::node::{Node, add_file, busybox_layer, docker_archive, eventually};
@@ -35,29 +35,77 @@ fn a_container_can_be_started_again_with_what_it_wrote() {
     assert_eq!(node.lines(&id).iter().filter(|line| *line == "x").count(), 3, "{:?}", node.lines(&id));
 }
 
+/// Set in the process that is to be killed: the node's tag and folders.
+const STARTER: &str = "TINYDC_TEST_STARTER";
+
 #[test]
 fn a_killed_starter_loses_no_container_and_no_exit() {
+    if let Ok(text) = std::env::var(STARTER) {
+        return start_and_wait_to_be_killed(&text);
+    }
     let node = Node::with_busybox("adopt");
-    let running = node.run(&node.spec("running", "echo up; while :; do sleep 1; done"));
-    let ending = node.run(&node.spec("ending", "while [ ! -e /tmp/go ]; do sleep 0.05; done; exit 3"));
-    let pids = |runtime: &Runtime| -> Vec<_> {
+    let running = node.spec("running", "echo up; while :; do sleep 1; done");
+    let ending = node.spec("ending", "while [ ! -e /tmp/go ]; do sleep 0.05; done; exit 3");
+    let gone = node.spec("gone", "while [ ! -e /tmp/go ]; do sleep 0.05; done; exit 4");
+    for spec in [&running, &ending, &gone] {
+        node.runtime.create(spec).unwrap();
+    }
+    let (config, name) = (&node.config, "containers::a_killed_starter_loses_no_container_and_no_exit");
+    let text = format!("{}\n{}\n{}", config.node_tag, config.data_dir.display(), config.run_dir.display());
+    let starter = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([name, "--exact"])
+        .env(STARTER, text)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut starter = Killed(starter);
+    let pids = || -> Vec<_> {
         let running = |state| match state {
             ContainerState::Running { main, .. } => Some(main),
             _ => None,
         };
-        runtime.adopt().unwrap().into_iter().filter_map(|status| running(status.state)).collect()
+        node.runtime.adopt().unwrap().into_iter().filter_map(|status| running(status.state)).collect()
     };
-    let before = pids(&node.runtime);
-    assert_eq!(before.len(), 2);
-    // Another process of the same node, as after a `kill -9` of the daemon: it knows nothing but the folders.
-    let second = Runtime::open(node.config.clone()).unwrap();
-    assert_eq!(pids(&second), before);
-    let check = second.check(&ending, &shell("touch /tmp/go"), Duration::from_secs(10)).unwrap();
+    eventually("three containers run", || pids().len() == 3);
+    let before = pids();
+    starter.0.kill().unwrap();
+    starter.0.wait().unwrap();
+    assert_eq!(pids(), before, "the same processes after the daemon's death");
+    // One ends while nobody looks, one while somebody does.
+    std::fs::write(node.runtime.instance_dir(&gone.id).join("rootfs/tmp/go"), "").unwrap();
+    eventually("it ended", || !matches!(node.runtime.state(&gone.id), ContainerState::Running { .. }));
+    assert_eq!(node.end(&gone.id).code, 4);
+    let check = node.runtime.check(&ending.id, &shell("touch /tmp/go"), Duration::from_secs(10)).unwrap();
     assert_eq!(check.end, CheckEnd::Exited(0));
-    assert_eq!(node.end(&ending).code, 3);
-    assert_eq!(second.state(&ending), ContainerState::Exited(node.end(&ending)));
-    let end = second.stop(&running, libc::SIGTERM, Duration::from_millis(200)).unwrap();
+    assert_eq!(node.end(&ending.id).code, 3);
+    let end = node.runtime.stop(&running.id, libc::SIGTERM, Duration::from_millis(200)).unwrap();
     assert!(matches!(end, ContainerEnd::Exited(exit) if exit.signal == Some(9)), "{end:?}");
+    assert_eq!(node.lines(&running.id), ["up"]);
+}
+
+/// Killed when the test ends, also by a panic.
+struct Killed(std::process::Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn start_and_wait_to_be_killed(text: &str) {
+    let words: Vec<&str> = text.split('\n').collect();
+    let config = RuntimeConfig {
+        node_tag: words[0].into(),
+        data_dir: words[1].into(),
+        run_dir: words[2].into(),
+        program: Some(env!("CARGO_BIN_EXE_tinydc").into()),
+    };
+    let runtime = Runtime::open(config).unwrap();
+    for status in runtime.list().unwrap() {
+        runtime.start(&status.id).unwrap();
+    }
+    std::thread::sleep(Duration::from_secs(600));
 }
 
 #[test]
