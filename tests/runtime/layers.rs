@@ -234,19 +234,26 @@ fn assert_nothing_left(node: &Node) {
 #[test]
 fn every_byte_must_match_its_digest() {
     let plain = layer(|tar| add_file(tar, "file", b"content", 0o644));
-    let good = Blobs::image(&[(plain.clone(), Digest::of(&plain))]);
+    let other = layer(|tar| add_file(tar, "other", b"content", 0o644));
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(&other).unwrap();
+    let good =
+        Blobs::image(&[(plain.clone(), Digest::of(&plain)), (gzip.finish().unwrap(), Digest::of(&other))]);
     for blob in 0..good.blobs.len() {
         for damage in ["flipped", "cut", "longer"] {
             let node = Node::new("digest");
             let mut bad = Blobs { digest: good.digest.clone(), blobs: good.blobs.clone() };
             let bytes = &mut bad.blobs[blob].1;
             match damage {
-                "flipped" => bytes[20] ^= 1,
+                // In a gzip header this is the time: it unpacks to the same tar.
+                "flipped" => bytes[5] ^= 1,
                 "cut" => bytes.truncate(bytes.len() - 1),
                 _ => bytes.push(b' '),
             }
             assert!(bad.fetch(&node, LAYER_UNPACKED_BYTES_MAX).is_err(), "blob {blob} {damage}");
-            assert_nothing_left(&node);
+            // What came before the damaged blob may stay; it was good.
+            let layers = std::fs::read_dir(node.config.data_dir.join("layers")).unwrap().count();
+            assert!(layers <= blob.saturating_sub(2), "blob {blob} {damage}: {layers} layers");
             good.fetch(&node, LAYER_UNPACKED_BYTES_MAX).expect("a good source mends it");
         }
     }
