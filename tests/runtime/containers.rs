@@ -169,6 +169,11 @@ fn a_trapped_signal_is_followed_by_a_kill_of_everything() {
     node.runtime.remove(&deaf, KeepLogs::Yes).unwrap();
     assert!(node.lines(&deaf).contains(&"up".to_owned()), "the log outlives its container");
     assert_eq!(node.runtime.list().unwrap().len(), 1);
+    assert_eq!(node.runtime.kept_logs().unwrap(), std::slice::from_ref(&deaf));
+    node.runtime.sweep().unwrap();
+    assert_eq!(node.runtime.kept_logs().unwrap().len(), 1, "a sweep keeps them");
+    node.runtime.remove(&deaf, KeepLogs::No).unwrap();
+    assert!(node.runtime.kept_logs().unwrap().is_empty());
 }
 
 fn shell(script: &str) -> ExecRequest {
@@ -348,6 +353,14 @@ fn a_sweep_takes_orphans_and_nothing_else() {
     assert_eq!(swept.cgroups, [format!("tinydc-{}/orphan", node.config.node_tag)]);
     eventually("the orphan is gone", || !main.is_alive());
     assert!(matches!(node.runtime.state(&kept), ContainerState::Running { .. }));
+    // A power cut may leave a description cut short: it makes no container and blocks nothing.
+    let cut = node.runtime.instance_dir(&ContainerId::parse("cut").unwrap());
+    std::fs::create_dir(&cut).unwrap();
+    std::fs::write(cut.join("container.json"), "{\"id\":").unwrap();
+    assert_eq!(node.runtime.list().unwrap().len(), 1);
+    node.runtime.collect_garbage(&Default::default()).unwrap();
+    node.runtime.sweep().unwrap();
+    assert!(!cut.exists());
     assert_eq!(node.runtime.sweep().unwrap(), Default::default(), "a second sweep finds nothing");
 }
 
