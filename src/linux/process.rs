@@ -186,7 +186,7 @@ pub fn child_exit_fd() -> io::Result<OwnedFd> {
     mask.add(Signal::SIGCHLD);
     mask.thread_block()?;
     let fd = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
-    Ok(fd.as_fd().try_clone_to_owned()?)
+    fd.as_fd().try_clone_to_owned()
 }
 
 /// Gives every signal its default action and unblocks all, as a program expects at its start. Rust's own start-up

@@ -202,7 +202,7 @@ impl ContainerSpec {
         Ok(arguments)
     }
 
-    /// PATH, the image's variables, HOSTNAME, HOME, TERM, then the service's own; a later one replaces.
+    /// PATH, HOME, TERM, HOSTNAME, the image's variables, then the service's own; a later one replaces.
     fn environment(&self, home: Option<&str>) -> Vec<String> {
         let mut variables: BTreeMap<String, String> = BTreeMap::new();
         let mut set = |text: &str| {
@@ -214,8 +214,8 @@ impl ContainerSpec {
         if self.has_terminal {
             set("TERM=xterm");
         }
-        self.image.env.iter().for_each(|variable| set(variable));
         set(&format!("HOSTNAME={}", self.hostname));
+        self.image.env.iter().for_each(|variable| set(variable));
         self.env.iter().for_each(|(name, value)| set(&format!("{name}={value}")));
         variables.into_iter().map(|(name, value)| format!("{name}={value}")).collect()
     }
@@ -291,6 +291,26 @@ pub struct Surroundings {
     /// Files that the node writes for the container: `(source, destination)`, such as `/etc/hosts`.
     pub files: Vec<(PathBuf, String)>,
     pub open_files_hard_max: u64,
+}
+
+/// A signal as Compose files and images write it: `SIGTERM`, `term`, `15`, `SIGRTMIN+3`. `None`: there is none such.
+pub fn parse_signal(text: &str) -> Option<i32> {
+    const RT_MIN: i32 = 34;
+    const RT_MAX: i32 = 64;
+    if let Ok(number) = text.parse::<i32>() {
+        return (1..=RT_MAX).contains(&number).then_some(number);
+    }
+    let upper = text.to_ascii_uppercase();
+    let short = upper.strip_prefix("SIG").unwrap_or(&upper);
+    if let Some(offset) = short.strip_prefix("RTMIN") {
+        let offset = if offset.is_empty() { 0 } else { offset.strip_prefix('+')?.parse::<i32>().ok()? };
+        return (0..=RT_MAX - RT_MIN).contains(&offset).then_some(RT_MIN + offset);
+    }
+    if let Some(offset) = short.strip_prefix("RTMAX") {
+        let offset = if offset.is_empty() { 0 } else { offset.strip_prefix('-')?.parse::<i32>().ok()? };
+        return (0..=RT_MAX - RT_MIN).contains(&offset).then_some(RT_MAX - offset);
+    }
+    format!("SIG{short}").parse::<nix::sys::signal::Signal>().ok().map(|signal| signal as i32)
 }
 
 /// The runtime spec of a container.
@@ -555,6 +575,25 @@ mod tests {
         let resources = built.linux().as_ref().unwrap().resources().as_ref().unwrap();
         assert_eq!(resources.memory().as_ref().unwrap().limit(), Some(1 << 26));
         assert_eq!(resources.cpu().as_ref().unwrap().quota(), Some(25_000));
+    }
+
+    #[test]
+    fn signals_are_read_as_docker_reads_them() {
+        let cases = [
+            ("SIGTERM", Some(15)),
+            ("term", Some(15)),
+            ("9", Some(9)),
+            ("SIGRTMIN+3", Some(37)),
+            ("RTMAX-1", Some(63)),
+            ("SIGRTMIN+99", None),
+            ("0", None),
+            ("65", None),
+            ("SIGNOPE", None),
+            ("", None),
+        ];
+        for (text, expected) in cases {
+            assert_eq!(parse_signal(text), expected, "{text}");
+        }
     }
 
     #[test]

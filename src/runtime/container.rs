@@ -306,12 +306,24 @@ impl Runtime {
     pub fn list(&self) -> Result<Vec<ContainerStatus>, ContainerError> {
         let mut all = Vec::new();
         for id in ids_in(&self.data_dir.join("instances"))? {
-            if self.instance_dir(&id).join(SPEC_FILE).exists() {
+            if self.is_known(&id) {
                 let state = self.state(&id);
                 all.push(ContainerStatus { id, state });
             }
         }
         Ok(all)
+    }
+
+    /// A description that a power cut left damaged makes no container; one that cannot be read now might.
+    fn is_known(&self, id: &ContainerId) -> bool {
+        !matches!(self.spec(id), Err(ContainerError::NotFound(_) | ContainerError::BadSpec { .. }))
+    }
+
+    /// Removed containers whose logs were kept, sorted by id. `remove` with `KeepLogs::No` takes those too.
+    pub fn kept_logs(&self) -> Result<Vec<ContainerId>, ContainerError> {
+        let mut ids = ids_in(&self.data_dir.join("instances"))?;
+        ids.retain(|id| !self.is_known(id) && self.places(id).logs.is_dir());
+        Ok(ids)
     }
 
     /// As `list`, and ends what nobody can follow any more: containers whose shim was killed. To be called once at
@@ -448,9 +460,7 @@ impl Runtime {
     /// Kept logs stay. Only names with this node's tag and paths below its folders are touched.
     pub fn sweep(&self) -> Result<Swept, ContainerError> {
         let mut swept = Swept::default();
-        let is_known = |name: &str| {
-            ContainerId::parse(name).is_ok_and(|id| self.instance_dir(&id).join(SPEC_FILE).exists())
-        };
+        let is_known = |name: &str| ContainerId::parse(name).is_ok_and(|id| self.is_known(&id));
         for name in self.cgroups.children(&self.cgroup_parent).into_iter().filter(|name| !is_known(name)) {
             let path = format!("{}/{name}", self.cgroup_parent);
             self.cgroups.kill_all(&path, KILL_TIMEOUT)?;

@@ -42,8 +42,8 @@ pub enum ExecError {
     Io(&'static str, #[source] io::Error),
     #[error("run `{command}` in {id}: {reason}")]
     Start { command: String, id: ContainerId, reason: String },
-    #[error("the command's helper ended without a word")]
-    HelperGone,
+    #[error("the command's proxy ended without a word")]
+    ProxyGone,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -75,7 +75,7 @@ pub struct ExecHandle {
     /// Reads give the command's output, writes are its input; close it to hang up.
     pub terminal: Option<OwnedFd>,
     status: Option<OwnedFd>,
-    helper: Child,
+    proxy: Child,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -117,10 +117,10 @@ impl Runtime {
         let passed = process::inherit(&mut command, theirs.as_fd(), STATUS_FD)
             .and_then(|()| process::inherit(&mut command, description.as_fd(), PROCESS_FD));
         passed.map_err(|e| ExecError::Io("pass descriptors", e))?;
-        let helper = command.spawn().map_err(|e| ExecError::Io("spawn the helper", e))?;
+        let proxy = command.spawn().map_err(|e| ExecError::Io("spawn the proxy", e))?;
         // The command object holds the child's streams; a pipe ends only when the last copy is closed.
         drop((theirs, command));
-        let mut handle = ExecHandle { terminal: None, status: Some(status), helper };
+        let mut handle = ExecHandle { terminal: None, status: Some(status), proxy };
         handle.await_start(id, request)?;
         if let Some((rows, columns)) = size {
             handle.resize(rows, columns)?;
@@ -190,8 +190,17 @@ impl Runtime {
         let spec = Spec::load(places.run.join("config.json")).map_err(BundleError::from)?;
         let mut process: Process = spec.process().clone().unwrap_or_default();
         let mut env = process.env().clone().unwrap_or_default();
+        let user = match &request.user {
+            Some(wanted) => {
+                let rootfs = Rootfs::new(&places.instance).path();
+                let root = tree::open_root(&rootfs).map_err(|source| failed("open", &rootfs, source))?;
+                Some(user::read(root.as_fd(), wanted)?)
+            }
+            None => None,
+        };
+        let home = user.as_ref().and_then(|user| Some(("HOME".to_owned(), user.home.clone()?)));
         let terminal = has_terminal.then(|| ("TERM".to_owned(), "xterm".to_owned()));
-        for (name, value) in terminal.iter().chain(&request.env) {
+        for (name, value) in terminal.iter().chain(&home).chain(&request.env) {
             let prefix = format!("{name}=");
             env.retain(|variable| !variable.starts_with(&prefix));
             env.push(format!("{prefix}{value}"));
@@ -200,14 +209,11 @@ impl Runtime {
         if let Some(folder) = &request.working_dir {
             process.set_cwd(PathBuf::from(folder));
         }
-        if let Some(wanted) = &request.user {
-            let rootfs = Rootfs::new(&places.instance).path();
-            let root = tree::open_root(&rootfs).map_err(|source| failed("open", &rootfs, source))?;
-            let resolved = user::read(root.as_fd(), wanted)?;
+        if let Some(user) = user {
             let user = UserBuilder::default()
-                .uid(resolved.uid)
-                .gid(resolved.gid)
-                .additional_gids(resolved.groups)
+                .uid(user.uid)
+                .gid(user.gid)
+                .additional_gids(user.groups)
                 .build()
                 .map_err(BundleError::from)?;
             process.set_user(user);
@@ -229,20 +235,20 @@ impl ExecHandle {
             id: id.clone(),
             reason,
         };
-        let status = self.status.as_ref().ok_or(ExecError::HelperGone)?;
+        let status = self.status.as_ref().ok_or(ExecError::ProxyGone)?;
         let is_ready = process::poll_readable(status.as_fd(), START_TIMEOUT);
-        if !is_ready.map_err(|e| ExecError::Io("wait for the helper", e))? {
+        if !is_ready.map_err(|e| ExecError::Io("wait for the proxy", e))? {
             return Err(failed(format!("nothing happened for {} s", START_TIMEOUT.as_secs())));
         }
         let mut message = vec![0u8; 4096];
         let (length, terminal) = socket::receive_fd(status.as_fd(), &mut message)
-            .map_err(|e| ExecError::Io("listen to the helper", e))?;
+            .map_err(|e| ExecError::Io("listen to the proxy", e))?;
         match &message[..length] {
             b"started" => {
                 self.terminal = terminal;
                 Ok(())
             }
-            b"" => Err(ExecError::HelperGone),
+            b"" => Err(ExecError::ProxyGone),
             other => {
                 let text = String::from_utf8_lossy(other);
                 Err(failed(text.strip_prefix("error ").unwrap_or(&text).to_owned()))
@@ -252,7 +258,7 @@ impl ExecHandle {
 
     /// The exit code (128 + the signal for a killed one). `None`: still running after `timeout`.
     pub fn wait(&mut self, timeout: Duration) -> Result<Option<i32>, ExecError> {
-        let Some(status) = &self.status else { return Err(ExecError::HelperGone) };
+        let Some(status) = &self.status else { return Err(ExecError::ProxyGone) };
         if !process::poll_readable(status.as_fd(), timeout)
             .map_err(|e| ExecError::Io("wait for the command", e))?
         {
@@ -263,7 +269,7 @@ impl ExecHandle {
 
     /// As `wait`, on the executor's reactor and without an end.
     pub async fn finished(&mut self) -> Result<i32, ExecError> {
-        let status = self.status.as_ref().ok_or(ExecError::HelperGone)?;
+        let status = self.status.as_ref().ok_or(ExecError::ProxyGone)?;
         let copy = status.try_clone().map_err(|e| ExecError::Io("wait for the command", e))?;
         let ready =
             async_io::Async::new_nonblocking(copy).map_err(|e| ExecError::Io("wait for the command", e))?;
@@ -273,12 +279,12 @@ impl ExecHandle {
     }
 
     fn collect(&mut self) -> Result<i32, ExecError> {
-        let status = self.status.take().ok_or(ExecError::HelperGone)?;
+        let status = self.status.take().ok_or(ExecError::ProxyGone)?;
         let mut message = [0u8; 64];
         let length = socket::receive(status.as_fd(), &mut message).unwrap_or(0);
-        let _ = self.helper.wait();
+        let _ = self.proxy.wait();
         let text = std::str::from_utf8(&message[..length]).unwrap_or_default();
-        text.strip_prefix("exited ").and_then(|code| code.parse().ok()).ok_or(ExecError::HelperGone)
+        text.strip_prefix("exited ").and_then(|code| code.parse().ok()).ok_or(ExecError::ProxyGone)
     }
 
     /// Sets the terminal's size; without a terminal it does nothing.
@@ -295,8 +301,8 @@ impl ExecHandle {
         if let Some(status) = self.status.take() {
             let _ = socket::send(status.as_fd(), b"kill");
             drop(status);
-            // The helper ends as soon as the killed command is collected.
-            let _ = self.helper.wait();
+            // The proxy ends as soon as the killed command is collected.
+            let _ = self.proxy.wait();
         }
     }
 }

@@ -30,7 +30,7 @@ use std::fs;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-pub use bundle::{Access, Bind, ContainerId, ContainerSpec, Seed, Tmpfs};
+pub use bundle::{Access, Bind, ContainerId, ContainerIdError, ContainerSpec, Seed, Tmpfs, parse_signal};
 pub use container::{
     ContainerEnd, ContainerError, ContainerState, ContainerStatus, ExitWatch, KeepLogs, Swept,
 };

@@ -39,13 +39,13 @@ pub enum PullError {
     Resolve {
         image: ImageReference,
         #[source]
-        source: TransferError,
+        source: Box<TransferError>,
     },
     #[error("{image} is not usable here")]
     Unusable {
         image: ImageReference,
         #[source]
-        source: ManifestError,
+        source: Box<ManifestError>,
     },
     #[error("{image} was asked for by digest, but its registry served {actual}")]
     WrongDigest { image: ImageReference, actual: Digest },
@@ -53,7 +53,7 @@ pub enum PullError {
     Fetch {
         image: ImageReference,
         #[source]
-        source: FetchError,
+        source: Box<FetchError>,
     },
 }
 
@@ -147,8 +147,8 @@ impl RegistryClient {
 
     /// Asks the registry what `image` means now. Fails when it offers nothing for `platform`. Blocks.
     pub fn resolve(&self, image: &ImageReference, platform: &Platform) -> Result<Resolved, PullError> {
-        let failed = |source| PullError::Resolve { image: image.clone(), source };
-        let unusable = |source| PullError::Unusable { image: image.clone(), source };
+        let failed = |source| PullError::Resolve { image: image.clone(), source: Box::new(source) };
+        let unusable = |source| PullError::Unusable { image: image.clone(), source: Box::new(source) };
         let mut bytes = Vec::new();
         self.open(image, BlobKind::Manifest, &image.identifier())
             .map_err(failed)?
@@ -190,7 +190,7 @@ impl RegistryClient {
             match store.fetch(&fetch, &mut source, progress) {
                 Ok(image) => return Ok(image),
                 Err(error) if attempt == ATTEMPTS || is_final(&error) => {
-                    return Err(PullError::Fetch { image: request.image.clone(), source: error });
+                    return Err(PullError::Fetch { image: request.image.clone(), source: Box::new(error) });
                 }
                 // Layers that are done stay done; only the broken one is read again.
                 Err(_) => std::thread::sleep(Duration::from_secs(u64::from(attempt))),

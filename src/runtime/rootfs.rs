@@ -244,7 +244,7 @@ fn describe(source: BorrowedFd<'_>, target: BorrowedFd<'_>, stat: &Stat) -> io::
     rustix::fs::fchown(target, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)))?;
     rustix::fs::fchmod(target, Mode::from_raw_mode(stat.st_mode))?;
     copy_attributes(source, target)?;
-    let modified = Timespec { tv_sec: stat.st_mtime as i64, tv_nsec: stat.st_mtime_nsec as i64 };
+    let modified = Timespec { tv_sec: stat.st_mtime, tv_nsec: stat.st_mtime_nsec as i64 };
     Ok(rustix::fs::futimens(target, &Timestamps { last_access: modified, last_modification: modified })?)
 }
 

@@ -4,10 +4,11 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use tinydc::runtime::{
-    Access, Bind, CheckEnd, ContainerEnd, ContainerState, ExecRequest, ExecStreams, KeepLogs, Runtime, Seed,
+    Access, Bind, CheckEnd, ContainerEnd, ContainerId, ContainerSpec, ContainerState, ExecRequest,
+    ExecStreams, KeepLogs, Runtime, RuntimeConfig, Seed, Tmpfs,
 };
 
-use crate::node::{Node, eventually};
+use crate::node::{Node, add_file, busybox_layer, docker_archive, eventually};
 
 #[test]
 fn exit_codes_and_signals_are_told() {
@@ -34,29 +35,77 @@ fn a_container_can_be_started_again_with_what_it_wrote() {
     assert_eq!(node.lines(&id).iter().filter(|line| *line == "x").count(), 3, "{:?}", node.lines(&id));
 }
 
+/// Set in the process that is to be killed: the node's tag and folders.
+const STARTER: &str = "TINYDC_TEST_STARTER";
+
 #[test]
 fn a_killed_starter_loses_no_container_and_no_exit() {
+    if let Ok(text) = std::env::var(STARTER) {
+        return start_and_wait_to_be_killed(&text);
+    }
     let node = Node::with_busybox("adopt");
-    let running = node.run(&node.spec("running", "echo up; while :; do sleep 1; done"));
-    let ending = node.run(&node.spec("ending", "while [ ! -e /tmp/go ]; do sleep 0.05; done; exit 3"));
-    let pids = |runtime: &Runtime| -> Vec<_> {
+    let running = node.spec("running", "echo up; while :; do sleep 1; done");
+    let ending = node.spec("ending", "while [ ! -e /tmp/go ]; do sleep 0.05; done; exit 3");
+    let gone = node.spec("gone", "while [ ! -e /tmp/go ]; do sleep 0.05; done; exit 4");
+    for spec in [&running, &ending, &gone] {
+        node.runtime.create(spec).unwrap();
+    }
+    let (config, name) = (&node.config, "containers::a_killed_starter_loses_no_container_and_no_exit");
+    let text = format!("{}\n{}\n{}", config.node_tag, config.data_dir.display(), config.run_dir.display());
+    let starter = std::process::Command::new(std::env::current_exe().unwrap())
+        .args([name, "--exact"])
+        .env(STARTER, text)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut starter = Killed(starter);
+    let pids = || -> Vec<_> {
         let running = |state| match state {
             ContainerState::Running { main, .. } => Some(main),
             _ => None,
         };
-        runtime.adopt().unwrap().into_iter().filter_map(|status| running(status.state)).collect()
+        node.runtime.adopt().unwrap().into_iter().filter_map(|status| running(status.state)).collect()
     };
-    let before = pids(&node.runtime);
-    assert_eq!(before.len(), 2);
-    // Another process of the same node, as after a `kill -9` of the daemon: it knows nothing but the folders.
-    let second = Runtime::open(node.config.clone()).unwrap();
-    assert_eq!(pids(&second), before);
-    let check = second.check(&ending, &shell("touch /tmp/go"), Duration::from_secs(10)).unwrap();
+    eventually("three containers run", || pids().len() == 3);
+    let before = pids();
+    starter.0.kill().unwrap();
+    starter.0.wait().unwrap();
+    assert_eq!(pids(), before, "the same processes after the daemon's death");
+    // One ends while nobody looks, one while somebody does.
+    std::fs::write(node.runtime.instance_dir(&gone.id).join("rootfs/tmp/go"), "").unwrap();
+    eventually("it ended", || !matches!(node.runtime.state(&gone.id), ContainerState::Running { .. }));
+    assert_eq!(node.end(&gone.id).code, 4);
+    let check = node.runtime.check(&ending.id, &shell("touch /tmp/go"), Duration::from_secs(10)).unwrap();
     assert_eq!(check.end, CheckEnd::Exited(0));
-    assert_eq!(node.end(&ending).code, 3);
-    assert_eq!(second.state(&ending), ContainerState::Exited(node.end(&ending)));
-    let end = second.stop(&running, libc::SIGTERM, Duration::from_millis(200)).unwrap();
+    assert_eq!(node.end(&ending.id).code, 3);
+    let end = node.runtime.stop(&running.id, libc::SIGTERM, Duration::from_millis(200)).unwrap();
     assert!(matches!(end, ContainerEnd::Exited(exit) if exit.signal == Some(9)), "{end:?}");
+    assert_eq!(node.lines(&running.id), ["up"]);
+}
+
+/// Killed when the test ends, also by a panic.
+struct Killed(std::process::Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn start_and_wait_to_be_killed(text: &str) {
+    let words: Vec<&str> = text.split('\n').collect();
+    let config = RuntimeConfig {
+        node_tag: words[0].into(),
+        data_dir: words[1].into(),
+        run_dir: words[2].into(),
+        program: Some(env!("CARGO_BIN_EXE_tinydc").into()),
+    };
+    let runtime = Runtime::open(config).unwrap();
+    for status in runtime.list().unwrap() {
+        runtime.start(&status.id).unwrap();
+    }
+    std::thread::sleep(Duration::from_secs(600));
 }
 
 #[test]
@@ -120,6 +169,11 @@ fn a_trapped_signal_is_followed_by_a_kill_of_everything() {
     node.runtime.remove(&deaf, KeepLogs::Yes).unwrap();
     assert!(node.lines(&deaf).contains(&"up".to_owned()), "the log outlives its container");
     assert_eq!(node.runtime.list().unwrap().len(), 1);
+    assert_eq!(node.runtime.kept_logs().unwrap(), std::slice::from_ref(&deaf));
+    node.runtime.sweep().unwrap();
+    assert_eq!(node.runtime.kept_logs().unwrap().len(), 1, "a sweep keeps them");
+    node.runtime.remove(&deaf, KeepLogs::No).unwrap();
+    assert!(node.runtime.kept_logs().unwrap().is_empty());
 }
 
 fn shell(script: &str) -> ExecRequest {
@@ -281,7 +335,7 @@ fn what_cannot_start_says_why_and_leaves_nothing() {
     let error = node.runtime.start(&spec.id).unwrap_err().to_string();
     assert!(error.contains("/no/such/program"), "{error}");
     assert_eq!(node.runtime.state(&spec.id), ContainerState::Created);
-    spec.id = tinydc::runtime::ContainerId::parse("nouser").unwrap();
+    spec.id = ContainerId::parse("nouser").unwrap();
     spec.user = Some("nobody-here".into());
     let error = node.runtime.create(&spec).unwrap_err();
     assert!(format!("{error:?}").contains("nobody-here"));
@@ -299,5 +353,100 @@ fn a_sweep_takes_orphans_and_nothing_else() {
     assert_eq!(swept.cgroups, [format!("tinydc-{}/orphan", node.config.node_tag)]);
     eventually("the orphan is gone", || !main.is_alive());
     assert!(matches!(node.runtime.state(&kept), ContainerState::Running { .. }));
+    // A power cut may leave a description cut short: it makes no container and blocks nothing.
+    let cut = node.runtime.instance_dir(&ContainerId::parse("cut").unwrap());
+    std::fs::create_dir(&cut).unwrap();
+    std::fs::write(cut.join("container.json"), "{\"id\":").unwrap();
+    assert_eq!(node.runtime.list().unwrap().len(), 1);
+    node.runtime.collect_garbage(&Default::default()).unwrap();
+    node.runtime.sweep().unwrap();
+    assert!(!cut.exists());
     assert_eq!(node.runtime.sweep().unwrap(), Default::default(), "a second sweep finds nothing");
+}
+
+#[test]
+fn a_container_joins_the_network_namespace_it_is_given() {
+    let node = Node::with_busybox("netns");
+    let path = node.folder().join("netns");
+    tinydc::linux::netns::create(&path).unwrap();
+    // A socket bound there is seen by the container, and by nobody here.
+    let held = tinydc::linux::netns::in_netns(&path, || {
+        use std::os::linux::net::SocketAddrExt;
+        let name = std::os::unix::net::SocketAddr::from_abstract_name("tinydc-netns-test")?;
+        std::os::unix::net::UnixListener::bind_addr(&name)
+    });
+    let _held = held.unwrap();
+    assert!(!std::fs::read_to_string("/proc/net/unix").unwrap().contains("tinydc-netns-test"));
+    let script =
+        "grep -c tinydc-netns-test /proc/net/unix; cat /proc/sys/net/ipv4/ip_unprivileged_port_start";
+    let mut spec = node.spec("netns", script);
+    spec.netns = Some(path.clone());
+    let id = node.run(&spec);
+    assert_eq!((node.end(&id).code, node.lines(&id)), (0, vec!["1".to_owned(), "0".to_owned()]));
+    tinydc::linux::netns::remove(&path).unwrap();
+    assert!(!path.exists());
+}
+
+#[test]
+fn binds_and_tmpfs_are_what_the_spec_says() {
+    let node = Node::with_busybox("binds");
+    let shared = node.folder().join("shared");
+    std::fs::create_dir(&shared).unwrap();
+    std::fs::write(shared.join("file"), "content").unwrap();
+    let script = "cat /ro/file; echo; (echo x >/ro/new); (echo y >/rw/new); \
+                  (echo z >/scratch/new) && cat /scratch/new; (echo q >/etc/q)";
+    let mut spec = node.spec("binds", script);
+    spec.is_rootfs_read_only = true;
+    let bind = |destination: &str, access| Bind {
+        source: shared.clone(),
+        destination: destination.into(),
+        access,
+        seed: Seed::Never,
+    };
+    spec.binds = vec![bind("/ro", Access::ReadOnly), bind("/rw", Access::ReadWrite)];
+    spec.tmpfs = vec![Tmpfs { destination: "/scratch".into(), size_bytes_max: Some(1 << 20) }];
+    let id = node.run(&spec);
+    node.end(&id);
+    let lines = node.lines(&id);
+    assert!(lines.contains(&"content".to_owned()) && lines.contains(&"z".to_owned()), "{lines:?}");
+    assert_eq!(lines.iter().filter(|line| line.contains("Read-only file system")).count(), 2, "{lines:?}");
+    assert_eq!(std::fs::read_to_string(shared.join("new")).unwrap(), "y\n");
+}
+
+#[test]
+fn limits_hold_and_use_is_measured() {
+    let node = Node::with_busybox("limits");
+    let script = "dd if=/dev/zero of=/dev/shm/x bs=1M count=8 2>/dev/null; while :; do :; done";
+    let mut spec = node.spec("limits", script);
+    (spec.cpu_millis_max, spec.pids_max, spec.memory_bytes_max) = (Some(200), Some(20), Some(64 << 20));
+    let id = node.run(&spec);
+    let used = || node.runtime.stats(&id).expect("it runs");
+    eventually("8 MiB are in use", || used().memory_bytes > 8 << 20);
+    let (before, begun) = (used().cpu_usec, Instant::now());
+    eventually("0.4 s of processor time", || used().cpu_usec - before > 400_000);
+    assert!(
+        begun.elapsed() > Duration::from_millis(1500),
+        "a fifth of a processor, not {:?}",
+        begun.elapsed()
+    );
+    let forks = shell("for i in $(seq 1 40); do sleep 5 & done; wait");
+    let check = node.runtime.check(&id, &forks, Duration::from_secs(20)).unwrap();
+    assert!(String::from_utf8(check.output).unwrap().contains("fork"), "the 21st process is refused");
+}
+
+#[test]
+fn an_image_of_127_layers_runs() {
+    let node = Node::new("layers127");
+    let mut layers = vec![busybox_layer()];
+    for number in 1..127 {
+        let mut tar = tar::Builder::new(Vec::new());
+        add_file(&mut tar, "number", number.to_string().as_bytes(), 0o644);
+        layers.push(tar.into_inner().unwrap());
+    }
+    let config = serde_json::json!({ "Cmd": ["sh", "-c", "cat /number; echo"] });
+    let loaded = node.load(&docker_archive("deep:1", &layers, config)).unwrap();
+    let image = node.runtime.images().image(&loaded[0].digest).unwrap().unwrap();
+    let config = node.runtime.images().config(&image).unwrap().config;
+    let id = node.run(&ContainerSpec::new(ContainerId::parse("deep").unwrap(), config, image.layers));
+    assert_eq!((node.end(&id).code, node.lines(&id)), (0, vec!["126".to_owned()]));
 }

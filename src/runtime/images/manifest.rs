@@ -255,7 +255,7 @@ fn parse_json<'a, T: Deserialize<'a>>(
 }
 
 fn blob_ref(owner: &Digest, descriptor: &Descriptor) -> Result<BlobRef, ManifestError> {
-    let digest = Digest::parse(&descriptor.digest().to_string())
+    let digest = Digest::parse(descriptor.digest().as_ref())
         .map_err(|source| ManifestError::BadDigest { digest: owner.clone(), source })?;
     let size_bytes = descriptor.size();
     if size_bytes > LAYER_BYTES_MAX {

@@ -7,16 +7,16 @@
 //! Invariant: a killed daemon loses no container and no exit code (`tests/runtime`, killed starter).
 
 mod executor;
-mod helper;
 mod launch;
+mod proxy;
 mod record;
 mod waiter;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-pub(super) use helper::ExecArguments;
 pub(super) use launch::LaunchArguments;
+pub(super) use proxy::ExecArguments;
 pub use record::ExitRecord;
 pub(super) use record::{EXIT_FILE, RECORD_FILE, ShimRecord, boot_id};
 
@@ -38,7 +38,7 @@ pub fn shim_main(args: &[OsString]) -> ExitCode {
     match words.split_first() {
         Some((&"shim", rest)) => launch::run(rest),
         Some((&"shim-wait", rest)) => waiter::run(rest),
-        Some((&"shim-exec", rest)) => helper::run(rest),
+        Some((&"shim-exec", rest)) => proxy::run(rest),
         _ => ExitCode::from(2),
     }
 }

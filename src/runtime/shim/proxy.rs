@@ -51,7 +51,7 @@ impl ExecArguments {
 }
 
 #[derive(Debug, thiserror::Error)]
-enum HelperError {
+enum ProxyError {
     #[error("{0}")]
     Prepare(&'static str, #[source] io::Error),
     #[error("read the process description")]
@@ -77,17 +77,17 @@ pub fn run(words: &[&str]) -> ExitCode {
     }
 }
 
-fn execute(arguments: &ExecArguments, status: &OwnedFd) -> Result<i32, HelperError> {
-    let failed = |step| move |source: io::Error| HelperError::Prepare(step, source);
+fn execute(arguments: &ExecArguments, status: &OwnedFd) -> Result<i32, ProxyError> {
+    let failed = |step| move |source: io::Error| ProxyError::Prepare(step, source);
     // So that background processes of the command are collected here and not left to the container's first process.
     process::set_child_subreaper().map_err(failed("become the reaper of the command"))?;
     let description = process::take_inherited(PROCESS_FD).map_err(failed("take the process description"))?;
     let path = format!("/proc/self/fd/{PROCESS_FD}");
     let text = std::fs::read(&path).map_err(failed("read the process description"))?;
-    let parsed: Process = serde_json::from_slice(&text).map_err(HelperError::BadProcess)?;
+    let parsed: Process = serde_json::from_slice(&text).map_err(ProxyError::BadProcess)?;
     let mut builder = ContainerBuilder::new(arguments.id.clone(), SyscallType::default())
         .with_root_path(&arguments.states)
-        .map_err(HelperError::Join)?
+        .map_err(ProxyError::Join)?
         .with_executor(FilteredExecutor::new(Some(&parsed))?);
     let mut listener = None;
     if let Some(console) = &arguments.console {
@@ -100,7 +100,7 @@ fn execute(arguments: &ExecArguments, status: &OwnedFd) -> Result<i32, HelperErr
         let _ = std::fs::remove_file(console);
     }
     drop(description);
-    let pid = joined.map_err(HelperError::Join)?.as_raw();
+    let pid = joined.map_err(ProxyError::Join)?.as_raw();
     match listener {
         Some(listener) => {
             let terminal = receive_terminal(&listener).map_err(failed("receive the terminal"))?;
