@@ -1,9 +1,9 @@
 //! Nodes, tokens and users: who belongs to the cluster.
 
+use super::State;
 use super::apply::not_found;
 use super::command::{JoinNode, Outcome, Rejection, Reply};
 use super::rows::{Cluster, Meta, Role, Token, TokenKind, User};
-use super::State;
 use crate::model::limits::NODES_MAX;
 use crate::model::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,6 +13,8 @@ const TOKENS_MAX: usize = 256;
 const USERS_MAX: usize = 256;
 const KEYS_PER_USER_MAX: usize = 32;
 const LABELS_MAX: usize = 64;
+/// Far more boards than a cluster ever wears out.
+const REMOVED_KEYS_MAX: usize = 4096;
 
 pub fn found(state: &mut State, cluster: &Cluster, node: &JoinNode) -> Outcome {
     if state.cluster().is_some() {
@@ -40,7 +42,9 @@ pub fn join(
     let known = state.nodes.rows().find(|member| member.public_key == node.public_key);
     let is_once = match check_token(state, token, secret_hash, Some(node.public_key))?.kind {
         TokenKind::Join { is_once } => is_once,
-        TokenKind::User { .. } => return Err(Rejection::TokenKind { expected: "a user; nodes join with a join token".into() }),
+        TokenKind::User { .. } => {
+            return Err(Rejection::TokenKind { expected: "a user; nodes join with a join token".into() });
+        }
     };
     if let Some(member) = known {
         let (node, name, certificate) = (member.id, member.name.clone(), member.certificate.clone());
@@ -49,7 +53,9 @@ pub fn join(
     if let Some(name) = replace {
         let old = state.node_by_name(name).ok_or_else(|| not_found("node", name))?;
         if old.condition == Condition::Up {
-            return Err(Rejection::NotAllowed(format!("{name} is up; only a node that is down can be replaced")));
+            return Err(Rejection::NotAllowed(format!(
+                "{name} is up; only a node that is down can be replaced"
+            )));
         }
         let old = old.id;
         forget_node(state, old);
@@ -170,8 +176,12 @@ fn forget_node(state: &mut State, id: NodeId) {
     for instance in instances {
         state.instances.remove(&instance);
     }
-    let volumes: Vec<_> =
-        state.volumes.iter().filter(|(_, volume)| volume.node == Some(id)).map(|(key, _)| key.clone()).collect();
+    let volumes: Vec<_> = state
+        .volumes
+        .iter()
+        .filter(|(_, volume)| volume.node == Some(id))
+        .map(|(key, _)| key.clone())
+        .collect();
     for key in volumes {
         state.volumes.update(&key, |volume| volume.node = None);
     }
@@ -181,7 +191,14 @@ fn forget_node(state: &mut State, id: NodeId) {
             artifact.holders.remove(&id);
         });
     }
-    state.nodes.remove(&id);
+    if let Some(node) = state.nodes.remove(&id) {
+        let now = state.time();
+        state.removed_keys.put(node.public_key, now);
+    }
+    while state.removed_keys.len() > REMOVED_KEYS_MAX {
+        let oldest = state.removed_keys.iter().min_by_key(|(_, at)| **at).map(|(key, _)| *key);
+        oldest.map(|key| state.removed_keys.remove(&key));
+    }
     super::deploy::sweep_removed(state);
 }
 
@@ -293,9 +310,12 @@ pub fn drain(state: &mut State, id: NodeId, is_drained: bool) -> Outcome {
 
 pub fn label(state: &mut State, id: NodeId, set: &BTreeMap<String, String>, remove: &[String]) -> Outcome {
     state.existing_node(id)?;
-    let is_key = |key: &String| (1..=128).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic());
+    let is_key =
+        |key: &String| (1..=128).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic());
     if let Some(key) = set.keys().find(|key| !is_key(key)) {
-        return Err(Rejection::Invalid(format!("{key:?} is not a label: use 1 to 128 visible ASCII characters")));
+        return Err(Rejection::Invalid(format!(
+            "{key:?} is not a label: use 1 to 128 visible ASCII characters"
+        )));
     }
     if let Some((key, _)) = set.iter().find(|(_, value)| value.len() > 256) {
         return Err(Rejection::Invalid(format!("the value of label {key} is over 256 bytes")));
@@ -350,7 +370,9 @@ pub fn create_token(
         state.tokens.remove(&id);
     }
     if state.tokens.len() >= TOKENS_MAX {
-        return Err(Rejection::NotAllowed(format!("there are {TOKENS_MAX} tokens; remove some: tinydc token rm")));
+        return Err(Rejection::NotAllowed(format!(
+            "there are {TOKENS_MAX} tokens; remove some: tinydc token rm"
+        )));
     }
     if let TokenKind::User { name, .. } = kind
         && !is_label(name)
@@ -379,8 +401,11 @@ pub fn enrol(
     public_key: PublicKey,
     expires_at: Timestamp,
 ) -> Outcome {
-    let TokenKind::User { name, role } = check_token(state, token, secret_hash, Some(public_key))?.kind else {
-        return Err(Rejection::TokenKind { expected: "a node; make one for a user: tinydc token --user NAME".into() });
+    let TokenKind::User { name, role } = check_token(state, token, secret_hash, Some(public_key))?.kind
+    else {
+        return Err(Rejection::TokenKind {
+            expected: "a node; make one for a user: tinydc token --user NAME".into(),
+        });
     };
     let now = state.time();
     if !state.users.contains(&name) && state.users.len() >= USERS_MAX {

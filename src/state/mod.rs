@@ -25,13 +25,19 @@ pub mod tests;
 pub use tests as testing;
 
 pub use command::{
-    Command, Envelope, InstanceReport, JoinNode, KeptVolume, NodeReport, Origin, Outcome, PlanStep, Rejection, Reply,
-    RequestMark,
+    Command, Envelope, InstanceReport, JoinNode, KeptVolume, NodeReport, Origin, Outcome, PlanStep,
+    Rejection, Reply, RequestMark,
 };
-pub use rows::{App, Cluster, Counters, Event, Meta, Role, Service, StoredOutcome, Token, TokenKind, Update, User, Volume, VolumeKey};
+pub use rows::{
+    App, Cluster, Counters, Event, Meta, Role, Service, StoredOutcome, Token, TokenKind, Update, User,
+    Volume, VolumeKey,
+};
 pub use table::{RowChange, RowError, Table};
 
-use crate::model::{AppName, Artifact, Digest, Instance, InstanceId, Node, NodeId, RequestId, ServiceId, Settings, TokenId};
+use crate::model::{
+    AppName, Artifact, Digest, Instance, InstanceId, Node, NodeId, PublicKey, RequestId, ServiceId, Settings,
+    Timestamp, TokenId,
+};
 
 /// Declares the state's tables once: the struct, and what is done with every table.
 macro_rules! tables {
@@ -88,6 +94,8 @@ tables! {
     12 events: u64 => Event,
     /// By log index: which outcome is the oldest.
     13 outcome_order: u64 => RequestId,
+    /// Keys of nodes that were removed: their certificates never end, so they are refused by name.
+    14 removed_keys: PublicKey => Timestamp,
 }
 
 impl State {
@@ -96,7 +104,7 @@ impl State {
     }
 
     /// Cluster time of the last applied entry.
-    pub fn time(&self) -> crate::model::Timestamp {
+    pub fn time(&self) -> Timestamp {
         self.meta.find(&()).map(|meta| meta.time).unwrap_or_default()
     }
 
@@ -109,7 +117,9 @@ impl State {
     }
 
     pub fn service_by_name(&self, app: &AppName, name: &str) -> Option<&Service> {
-        self.services.rows().find(|service| &service.app == app && service.name == name && !service.is_removed)
+        self.services
+            .rows()
+            .find(|service| &service.app == app && service.name == name && !service.is_removed)
     }
 
     pub fn services_of<'a>(&'a self, app: &'a AppName) -> impl Iterator<Item = &'a Service> {
@@ -129,6 +139,11 @@ impl State {
         service.spec.volume_names().find_map(|name| {
             self.volumes.find(&VolumeKey::new(&service.app, name)).and_then(|volume| volume.node)
         })
+    }
+
+    /// What exists on one node alone: volumes, and images that no registry gives again.
+    pub fn only_copies(&self, node: NodeId) -> Vec<String> {
+        members::only_copies(self, node)
     }
 
     /// `APP/SERVICE.N`, or the bare id once its service is gone.
