@@ -6,5 +6,12 @@ fn main() -> ExitCode {
     if args.first().and_then(|verb| verb.to_str()).is_some_and(|verb| verb.starts_with("shim")) {
         return tinydc::runtime::shim_main(&args);
     }
-    ExitCode::SUCCESS
+    let options = tinydc::node::RunOptions { config: args.first().map(Into::into), data_dir: None };
+    match tinydc::node::run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
