@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 const NEW_LINK: u16 = 16;
 const DELETE_LINK: u16 = 17;
 const NEW_ADDRESS: u16 = 20;
+const DELETE_ADDRESS: u16 = 21;
 const NEW_ROUTE: u16 = 24;
 const DELETE_ROUTE: u16 = 25;
 /// Of struct ifinfomsg.
@@ -65,8 +66,12 @@ pub fn add_veth(socket: &Socket, name: &str, master: u32, mtu: u32, netns: Borro
 }
 
 pub fn set_up(socket: &Socket, index: u32) -> io::Result<()> {
+    set_state(socket, index, true)
+}
+
+pub fn set_state(socket: &Socket, index: u32, is_up: bool) -> io::Result<()> {
     let mut batch = Batch::new();
-    batch.message(NEW_LINK, ACK, &link_header(index, UP, UP));
+    batch.message(NEW_LINK, ACK, &link_header(index, if is_up { UP } else { 0 }, UP));
     socket.send(&batch)
 }
 
@@ -77,10 +82,23 @@ pub fn delete(socket: &Socket, index: u32) -> io::Result<()> {
 }
 
 pub fn add_address(socket: &Socket, index: u32, address: Ipv4Addr, length: u8) -> io::Result<()> {
+    change_address(socket, NEW_ADDRESS, ACK | CREATE | REPLACE, (index, address, length))
+}
+
+pub fn delete_address(socket: &Socket, index: u32, address: Ipv4Addr, length: u8) -> io::Result<()> {
+    change_address(socket, DELETE_ADDRESS, ACK, (index, address, length))
+}
+
+fn change_address(
+    socket: &Socket,
+    kind: u16,
+    flags: u16,
+    (index, address, length): (u32, Ipv4Addr, u8),
+) -> io::Result<()> {
     let mut header = vec![libc::AF_INET as u8, length, 0, 0];
     header.extend(index.to_ne_bytes());
     let mut batch = Batch::new();
-    batch.message(NEW_ADDRESS, ACK | CREATE | REPLACE, &header);
+    batch.message(kind, flags, &header);
     batch.attribute(1, &address.octets()).attribute(2, &address.octets());
     socket.send(&batch)
 }

@@ -6,8 +6,8 @@
 //! A container has a /32 and a default route `onlink` by the bridge: with a plain /24 traffic between containers of
 //! one node would bypass connection tracking.
 
-mod link;
-mod netlink;
+pub mod link;
+pub mod netlink;
 mod nft;
 
 use crate::linux::netns;
