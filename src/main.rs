@@ -1,3 +1,5 @@
+//! The one binary: a container's shim, or the command line.
+
 use std::ffi::OsString;
 use std::process::ExitCode;
 

@@ -139,28 +139,16 @@ impl<'a> Run<'a> {
         let (halt, halted) = async_channel::bounded(1);
         let carrier =
             Carrier { transport: transport.clone(), executor: executor.clone(), late: late.clone(), halt };
-        let store = SqliteStore::open(&data_dir)?;
-        let gauge = machine::Gauge::new(data_dir.clone());
-        let is_founding = founding::pending_founding(&data_dir).is_some();
-        let replica = Replica::start(
-            ReplicaConfig {
-                control: ControlConfig { node, start_id, seed: start_id.0 as u64 },
-                figures: Box::new(move || gauge.read()),
-                wall: Box::new(move || machine::believable_wall(is_founding)),
-                outgoing: Box::new(move |outgoing| carrier.carry(outgoing)),
-            },
-            store,
-        )?;
+        let replica = start_replica(&data_dir, node, start_id, carrier)?;
         // Set once, here.
         let _ = late.replica.set(replica.handle().clone());
         let server = Arc::new(OnceLock::new());
-        let mut tasks = Vec::new();
         let fail = end.clone();
-        tasks.push(executor.spawn(async move {
+        let watch_halt = executor.spawn(async move {
             if let Ok(why) = halted.recv().await {
                 let _ = fail.send(Ended::Failed(why)).await;
             }
-        }));
+        });
         let pump = EventPump {
             replica: replica.handle().clone(),
             server: server.clone(),
@@ -168,8 +156,8 @@ impl<'a> Run<'a> {
             end: end.clone(),
             late: late.clone(),
         };
-        tasks.push(executor.spawn(pump.run(events)));
-        tasks.push(executor.spawn(keep_members(transport.clone(), replica.handle().clone(), data_dir, node)));
+        let members = keep_members(transport.clone(), replica.handle().clone(), data_dir, node);
+        let tasks = vec![watch_halt, executor.spawn(pump.run(events)), executor.spawn(members)];
         Ok(Run {
             config,
             executor,
@@ -342,6 +330,24 @@ impl<'a> Run<'a> {
         let replica = self.replica;
         smol::unblock(move || replica.stop()).await;
     }
+}
+
+fn start_replica(
+    data_dir: &std::path::Path,
+    node: NodeId,
+    start_id: StartId,
+    carrier: Carrier,
+) -> Result<Replica> {
+    let store = SqliteStore::open(data_dir)?;
+    let gauge = machine::Gauge::new(data_dir.into());
+    let is_founding = founding::pending_founding(data_dir).is_some();
+    let config = ReplicaConfig {
+        control: ControlConfig { node, start_id, seed: start_id.0 as u64 },
+        figures: Box::new(move || gauge.read()),
+        wall: Box::new(move || machine::believable_wall(is_founding)),
+        outgoing: Box::new(move |outgoing| carrier.carry(outgoing)),
+    };
+    Ok(Replica::start(config, store)?)
 }
 
 /// The state's word on who may be a peer.
