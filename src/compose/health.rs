@@ -75,7 +75,7 @@ fn read_test(spot: &Spot<'_>, problems: &mut Problems) -> Option<HealthTest> {
         Some("CMD" | "CMD-SHELL") => {
             problems.error_with(
                 spot,
-                "has no command",
+                "is not one command",
                 "write [CMD, program, argument…] or [CMD-SHELL, \"line\"]",
             );
             None

@@ -127,6 +127,7 @@ pub const SERVICE: Table = &[
     ("profiles", Supported),
     ("provider", Refused("only containers are run", "remove this service")),
     ("pull_policy", Ignored("a tag becomes a digest at each deploy, and is pulled where it is missing")),
+    ("pull_refresh_after", Ignored("a tag becomes a digest at each deploy")),
     ("read_only", Supported),
     ("restart", Supported),
     ("runtime", Refused("tinydc is the runtime", "remove it")),
