@@ -1,7 +1,7 @@
 //! tinydc: a handful of small boards as one small datacenter.
 //!
-//! The modules stand in layer order: each uses only layers above it in this list. `tests/tidy.rs` reads this
-//! file and proves it. `// layer N` opens a layer; siblings of layer 4 never use each other.
+//! The modules stand in layer order: each uses only modules that stand above it. `tests/tidy.rs` reads this file
+//! and proves it. `// layer N` opens a layer; siblings of layer 4 never use each other.
 
 // layer 0
 pub mod model;
@@ -23,6 +23,8 @@ pub mod runtime;
 pub mod storage;
 pub mod transport;
 // layer 5
+pub mod replica;
+
 pub mod agent;
 pub mod api;
 // layer 6

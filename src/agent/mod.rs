@@ -1,1 +1,20 @@
-//! Observe, reconcile, execute on one node.
+//! Observe, reconcile, execute: what the state says of this node becomes containers on it.
+//!
+//! Input: the state as this node has it, ends of containers, verdicts of probes. Output: containers, networks,
+//! volumes; reports to the leader. It only ever reads its own copy of the state: a node that is cut off goes on with
+//! what it last knew.
+//!
+//! Never: decides where anything runs; writes what was not asked for.
+
+pub mod artifacts;
+mod health;
+pub mod launch;
+mod reconcile;
+mod report;
+mod restart;
+mod worker;
+
+pub use artifacts::{Artifacts, FetchArtifactError};
+pub use launch::{Ground, LaunchError, container_id};
+pub use reconcile::{Local, Presence};
+pub use worker::{Agent, AgentConfig, LiveInstance, Signal};

@@ -1,1 +1,3 @@
 //! HTTP API.
+
+pub mod wire;

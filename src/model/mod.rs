@@ -1,1 +1,25 @@
-//! The vocabulary.
+//! The vocabulary: ids, specifications, rows of the replicated state, time, bounds.
+//!
+//! Plain data without behaviour that could differ between nodes: no clock, no randomness, no I/O.
+
+pub mod artifact;
+pub mod ids;
+pub mod instance;
+pub mod limits;
+pub mod node;
+pub mod settings;
+pub mod spec;
+pub mod time;
+
+pub use artifact::{Artifact, ArtifactKind, Digest, DigestError};
+pub use ids::{
+    AppName, ClusterId, InstanceId, NodeId, PublicKey, RequestId, ServiceId, StartId, StoreId, TokenId,
+};
+pub use instance::{Desired, Exit, Instance, Observed, Phase};
+pub use node::{Architecture, Condition, Node, NodeSize};
+pub use settings::Settings;
+pub use spec::{
+    AppSpec, Constraint, ConstraintSubject, DependencyCondition, HealthSpec, HealthTest, ImageSpec, MountSource,
+    MountSpec, PlacementSpec, PortSpec, Protocol, ResourceSpec, RestartPolicy, ServiceSpec, VolumeSpec,
+};
+pub use time::{Mono, Timestamp};

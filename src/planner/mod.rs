@@ -1,1 +1,46 @@
 //! Decides what should run where.
+//!
+//! Input: the committed state, what is heard of the nodes, cluster time. Output: steps that bring the state closer
+//! to what the user asked for, each naming the rows it relied on.
+//! A pure function: it never waits and cannot fail.
+//!
+//! Invariant: planning the planned state yields nothing (`plan_is_a_fixpoint`).
+
+mod instances;
+mod placement;
+mod reasons;
+mod rollout;
+#[cfg(test)]
+mod tests;
+
+pub use reasons::{pending_reason, waits_for};
+
+use crate::model::{NodeId, Timestamp};
+use crate::state::{PlanStep, State};
+use std::collections::BTreeMap;
+
+/// What is known of a node beyond the state: heard a moment ago.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Heard {
+    pub memory_available_bytes: u64,
+    /// Its disk has not finished an fsync for over 10 s: nothing new goes there.
+    pub is_disk_stalled: bool,
+    /// Free space is below the mark: nothing new goes there.
+    pub is_disk_full: bool,
+}
+
+pub type HeardNodes = BTreeMap<NodeId, Heard>;
+
+/// Steps in one entry: bounded so that an entry stays small; the next plan goes on.
+const STEPS_MAX: usize = 256;
+
+pub fn plan(state: &State, heard: &HeardNodes, now: Timestamp) -> Vec<PlanStep> {
+    let mut steps = Vec::new();
+    for service in state.services.rows() {
+        instances::plan_service(state, service, now, &mut steps);
+    }
+    instances::plan_orphans(state, &mut steps);
+    placement::plan_assignments(state, heard, now, &mut steps);
+    steps.truncate(STEPS_MAX);
+    steps
+}

@@ -20,4 +20,4 @@ pub use manifest::{
     ManifestError, Platform,
 };
 pub use store::{Collected, Image, ImageStore, StoreError};
-pub use unpack::UnpackError;
+pub use unpack::{UnpackError, unpack};

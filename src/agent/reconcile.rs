@@ -1,0 +1,189 @@
+//! Decides what to do with the containers of this node. Pure.
+//!
+//! Input: the instances that the state puts here, and what is here. Output: one action per instance at most, and
+//! what is to be reported. The same input gives the same actions; a container under work gets none.
+//!
+//! Invariant: what the state does not know is stopped and removed, and nothing else is
+//! (`only_what_the_state_does_not_know_is_swept`).
+
+use super::restart::Restarts;
+use crate::model::*;
+use crate::state::State;
+use crate::verdict::Verdict;
+use std::collections::BTreeMap;
+
+/// A verdict must last this long before it becomes a log entry.
+const VERDICT_LASTED_MS: u64 = 10_000;
+
+/// One container as the agent knows it.
+#[derive(Clone, Debug, Default)]
+pub struct Local {
+    pub presence: Presence,
+    /// An action is under way; nothing else is begun.
+    pub is_busy: bool,
+    pub restarts: Restarts,
+    pub verdict: Option<Verdict>,
+    pub verdict_since: Mono,
+    /// `pulling nginx 12 of 48 MiB`.
+    pub progress: Option<String>,
+    /// A removal was begun because the state asks for it.
+    pub is_gone: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Presence {
+    #[default]
+    Absent,
+    /// Made, or ended; its files are here.
+    Stopped,
+    Running,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Fetch what it needs, make it if it is not there, start it.
+    Launch,
+    Stop,
+    Remove,
+}
+
+pub struct Situation<'a> {
+    pub state: &'a State,
+    pub node: NodeId,
+    /// The state here has caught up with a leader's, or none came for a minute.
+    pub may_start: bool,
+    /// No leader was heard: exclusive instances must not be started.
+    pub is_alone: bool,
+    pub now: Mono,
+}
+
+pub fn reconcile(situation: &Situation<'_>, locals: &BTreeMap<InstanceId, Local>) -> Vec<(InstanceId, Action)> {
+    let mut actions = Vec::new();
+    for instance in situation.state.instances_on(situation.node) {
+        let local = locals.get(&instance.id).cloned().unwrap_or_default();
+        if !local.is_busy && let Some(action) = next(situation, instance, &local) {
+            actions.push((instance.id, action));
+        }
+    }
+    // A returning node must not stop what runs before it knows what the cluster has decided meanwhile.
+    if situation.may_start {
+        for (id, local) in locals.iter().filter(|(_, local)| !local.is_busy) {
+            let is_here = situation.state.instances.find(id).is_some_and(|row| row.node == Some(situation.node));
+            match local.presence {
+                Presence::Running if !is_here => actions.push((*id, Action::Stop)),
+                Presence::Stopped if !is_here => actions.push((*id, Action::Remove)),
+                _ => {}
+            }
+        }
+    }
+    actions
+}
+
+fn next(situation: &Situation<'_>, instance: &Instance, local: &Local) -> Option<Action> {
+    match (instance.desired, local.presence) {
+        (Desired::Run, Presence::Running) => None,
+        (Desired::Run, Presence::Absent | Presence::Stopped) => {
+            let service = situation.state.services.find(&instance.service)?;
+            let is_held = situation.is_alone && service.spec.is_exclusive;
+            let may = situation.may_start && !is_held && local.restarts.is_due(situation.now);
+            may.then_some(Action::Launch)
+        }
+        (Desired::Stop | Desired::Remove, Presence::Running) => Some(Action::Stop),
+        (Desired::Remove, Presence::Stopped) => Some(Action::Remove),
+        (Desired::Stop, Presence::Stopped | Presence::Absent) | (Desired::Remove, Presence::Absent) => None,
+    }
+}
+
+/// What should stand in the state for an instance; `None` while there is nothing worth an entry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    pub phase: Phase,
+    pub exit: Option<Exit>,
+    pub is_gone: bool,
+}
+
+pub fn finding(instance: &Instance, local: &Local, now: Mono) -> Option<Finding> {
+    let plain = |phase| Finding { phase, exit: None, is_gone: false };
+    if instance.desired == Desired::Remove {
+        let is_gone = local.presence == Presence::Absent && !local.is_busy;
+        let exit = local.restarts.last_exit.clone();
+        return is_gone.then_some(Finding { phase: Phase::Stopped, exit, is_gone: true });
+    }
+    let exit = local.restarts.last_exit.clone();
+    if let Some(phase) = local.restarts.ended {
+        return Some(Finding { phase, exit, is_gone: false });
+    }
+    if local.restarts.is_failing {
+        return Some(Finding { phase: Phase::Failing, exit, is_gone: false });
+    }
+    if local.presence != Presence::Running {
+        return None;
+    }
+    let before = instance.observed.phase;
+    match local.verdict {
+        None | Some(Verdict::Starting) => Some(plain(Phase::Running)),
+        Some(Verdict::Healthy) if before != Phase::Unhealthy => Some(plain(Phase::Healthy)),
+        Some(verdict) => {
+            let phase = if verdict == Verdict::Healthy { Phase::Healthy } else { Phase::Unhealthy };
+            let has_lasted = now.since_ms(local.verdict_since) >= VERDICT_LASTED_MS;
+            // Traffic follows a verdict at once; the log only one that lasts.
+            has_lasted.then(|| plain(phase))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::Command;
+    use crate::state::testing::{Applier, spec};
+
+    fn one_instance() -> (Applier, InstanceId) {
+        let mut applier = Applier::with_nodes(1);
+        applier.deploy("shop", &[("web", spec("1"))]);
+        for _ in 0..2 {
+            let steps = crate::planner::plan(&applier.state, &Default::default(), applier.state.time());
+            applier.must(Command::Plan { steps });
+        }
+        let id = applier.state.instances.rows().next().unwrap().id;
+        (applier, id)
+    }
+
+    fn situation(state: &State, may_start: bool) -> Situation<'_> {
+        Situation { state, node: NodeId(1), may_start, is_alone: false, now: Mono(1000) }
+    }
+
+    #[test]
+    fn what_is_assigned_is_launched_once_the_state_is_current() {
+        let (applier, id) = one_instance();
+        let locals = BTreeMap::new();
+        assert_eq!(reconcile(&situation(&applier.state, false), &locals), []);
+        assert_eq!(reconcile(&situation(&applier.state, true), &locals), [(id, Action::Launch)]);
+        let busy = [(id, Local { is_busy: true, ..Local::default() })].into();
+        assert_eq!(reconcile(&situation(&applier.state, true), &busy), []);
+    }
+
+    #[test]
+    fn only_what_the_state_does_not_know_is_swept() {
+        let (applier, id) = one_instance();
+        let running = Local { presence: Presence::Running, ..Local::default() };
+        let locals: BTreeMap<InstanceId, Local> = [(id, running.clone()), (InstanceId(99), running)].into();
+        assert_eq!(reconcile(&situation(&applier.state, false), &locals), []);
+        assert_eq!(reconcile(&situation(&applier.state, true), &locals), [(InstanceId(99), Action::Stop)]);
+    }
+
+    #[test]
+    fn a_removal_stops_removes_and_then_says_so() {
+        let (mut applier, id) = one_instance();
+        applier.must(Command::RemoveApp { app: AppName::new("shop").unwrap(), with_volumes: false });
+        let act = |presence| {
+            let locals = [(id, Local { presence, ..Local::default() })].into();
+            reconcile(&situation(&applier.state, true), &locals)
+        };
+        assert_eq!(act(Presence::Running), [(id, Action::Stop)]);
+        assert_eq!(act(Presence::Stopped), [(id, Action::Remove)]);
+        assert_eq!(act(Presence::Absent), []);
+        let row = applier.state.instances.find(&id).unwrap();
+        assert!(finding(row, &Local::default(), Mono(0)).unwrap().is_gone);
+    }
+}

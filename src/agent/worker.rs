@@ -1,0 +1,721 @@
+//! The agent's task: one loop that owns what is known of the containers here.
+
+use super::health;
+use super::launch::{Ground, container_id, instance_of};
+use super::reconcile::{Action, Local, Presence, Situation, finding, reconcile};
+use super::report::Reporter;
+use crate::control::Input;
+use crate::model::*;
+use crate::network::PublishedPort;
+use crate::replica::Handle;
+use crate::runtime::{ContainerEnd, ContainerState, KeepLogs};
+use crate::state::{Command, State};
+use crate::verdict::Verdict;
+use async_executor::{Executor, Task};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tracing::{info, warn};
+
+const SIGNALS_MAX: usize = 1024;
+/// Without a leader for this long after its start a node runs what its own copy says.
+const ALONE_AFTER_MS: u64 = 60_000;
+/// How often the loop looks by itself: backoffs, steady minutes, sweeps.
+const LOOK_EVERY: Duration = Duration::from_millis(1000);
+const SWEEP_EVERY_MS: u64 = 600_000;
+
+/// What happened to a container here.
+#[derive(Debug)]
+pub enum Signal {
+    Launched { instance: InstanceId, error: Option<String> },
+    Stopped { instance: InstanceId, error: Option<String> },
+    Removed { instance: InstanceId, error: Option<String> },
+    Ended { instance: InstanceId, end: ContainerEnd },
+    Verdict { instance: InstanceId, verdict: Verdict },
+    Progress { instance: InstanceId, text: String },
+    /// An artifact was brought here, or could not be.
+    Kept { digest: Digest, is_here: bool },
+    VolumesDeleted { volumes: Vec<(AppName, String)> },
+    /// A leader has confirmed the state of this node.
+    CaughtUp,
+}
+
+pub struct AgentConfig {
+    pub node: NodeId,
+    pub start_id: StartId,
+    pub ground: Ground,
+    pub replica: Handle,
+    pub executor: Arc<Executor<'static>>,
+    pub size: NodeSize,
+    pub software: String,
+}
+
+/// What `ps` shows of an instance beyond the state; asked live, never logged.
+#[derive(Clone, Debug, Default)]
+pub struct LiveInstance {
+    pub last_exit: Option<String>,
+    pub restarts: u32,
+    pub progress: Option<String>,
+    pub is_running: bool,
+    pub pid: Option<i32>,
+    pub memory_bytes: Option<u64>,
+}
+
+/// A way to the agent's task.
+pub struct Agent {
+    shared: Arc<Shared>,
+    task: Mutex<Option<Task<()>>>,
+    stop: async_channel::Sender<()>,
+}
+
+struct Shared {
+    ground: Ground,
+    locals: Mutex<BTreeMap<InstanceId, Local>>,
+    origin: Instant,
+}
+
+impl Shared {
+    fn now(&self) -> Mono {
+        Mono(self.origin.elapsed().as_millis() as u64 + 3_600_000)
+    }
+
+    fn locals(&self) -> std::sync::MutexGuard<'_, BTreeMap<InstanceId, Local>> {
+        self.locals.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Agent {
+    pub fn start(config: AgentConfig) -> Agent {
+        let shared = Arc::new(Shared {
+            ground: config.ground.clone(),
+            locals: Mutex::default(),
+            origin: Instant::now(),
+        });
+        let (stop, stopped) = async_channel::bounded(1);
+        let (sender, signals) = async_channel::bounded(SIGNALS_MAX);
+        let executor = config.executor.clone();
+        let worker = Worker {
+            reporter: Reporter::new(config.start_id),
+            shared: shared.clone(),
+            sender,
+            signals,
+            tasks: BTreeMap::new(),
+            probes: BTreeMap::new(),
+            keeping: BTreeSet::new(),
+            errands: Vec::new(),
+            is_caught_up: false,
+            announced_at: None,
+            swept_at: None,
+            wired: Wired::default(),
+            config,
+        };
+        let task = executor.spawn(async move {
+            let run = worker.run();
+            futures_lite::future::or(run, async {
+                // Nothing is ever sent: this returns when the agent is stopped.
+                let _ = stopped.recv().await;
+            })
+            .await;
+        });
+        Agent { shared, task: Mutex::new(Some(task)), stop }
+    }
+
+    /// Ends the agent; containers run on.
+    pub async fn stop(&self) {
+        self.stop.close();
+        let task = self.task.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(task) = task {
+            task.await;
+        }
+    }
+
+    /// Live facts of the instances here. Blocks for reading a few files per instance.
+    pub fn live(&self) -> BTreeMap<InstanceId, LiveInstance> {
+        let locals = self.shared.locals().clone();
+        let now = self.shared.now();
+        let runtime = &self.shared.ground.runtime;
+        locals
+            .iter()
+            .map(|(id, local)| {
+                let container = container_id(*id);
+                let pid = match runtime.state(&container) {
+                    ContainerState::Running { main, .. } => Some(main.pid),
+                    _ => None,
+                };
+                let live = LiveInstance {
+                    last_exit: local.restarts.describe(now),
+                    restarts: local.restarts.count,
+                    progress: local.progress.clone(),
+                    is_running: local.presence == Presence::Running,
+                    pid,
+                    memory_bytes: runtime.stats(&container).map(|usage| usage.memory_bytes),
+                };
+                (*id, live)
+            })
+            .collect()
+    }
+}
+
+/// What was last told to the network: only changes are told.
+#[derive(Default, PartialEq)]
+struct Wired {
+    ports: Vec<PublishedPort>,
+}
+
+struct Worker {
+    config: AgentConfig,
+    shared: Arc<Shared>,
+    reporter: Reporter,
+    sender: async_channel::Sender<Signal>,
+    signals: async_channel::Receiver<Signal>,
+    /// Waits for a container's end, or the work under way.
+    tasks: BTreeMap<InstanceId, Task<()>>,
+    probes: BTreeMap<InstanceId, Task<()>>,
+    keeping: BTreeSet<Digest>,
+    errands: Vec<Task<()>>,
+    is_caught_up: bool,
+    announced_at: Option<Mono>,
+    swept_at: Option<Mono>,
+    wired: Wired,
+}
+
+impl Worker {
+    async fn run(mut self) {
+        self.adopt().await;
+        let watch = self.config.replica.published().watch();
+        self.ask_whether_caught_up();
+        loop {
+            let state = self.config.replica.state();
+            self.look(&state).await;
+            let pause = match self.reporter.next_in_ms(self.shared.now()) {
+                Some(ms) => Duration::from_millis(ms).min(LOOK_EVERY),
+                None => LOOK_EVERY,
+            };
+            let signal = futures_lite::future::or(
+                async { self.signals.recv().await.ok() },
+                futures_lite::future::or(
+                    async {
+                        watch.changed().await;
+                        None
+                    },
+                    async {
+                        async_io::Timer::after(pause).await;
+                        None
+                    },
+                ),
+            )
+            .await;
+            if let Some(signal) = signal {
+                self.take(signal, &state);
+            }
+            while let Ok(signal) = self.signals.try_recv() {
+                self.take(signal, &state);
+            }
+        }
+    }
+
+    /// Finds what an earlier run of the daemon left running.
+    async fn adopt(&mut self) {
+        let runtime = self.shared.ground.runtime.clone();
+        let found = smol::unblock(move || {
+            let found = runtime.adopt();
+            if let Err(error) = runtime.sweep() {
+                warn!(%error, "sweep of what an earlier run left");
+            }
+            found
+        })
+        .await;
+        let found = found.unwrap_or_else(|error| {
+            warn!(%error, "look for containers of an earlier run");
+            Vec::new()
+        });
+        for status in found {
+            let Some(id) = instance_of(&status.id) else { continue };
+            let is_running = matches!(status.state, ContainerState::Running { .. });
+            let presence = if is_running { Presence::Running } else { Presence::Stopped };
+            let mut local = Local { presence, ..Local::default() };
+            if is_running {
+                info!(instance = %id, "container found running");
+                local.restarts.started(self.shared.now());
+                self.await_end(id);
+            }
+            self.shared.locals().insert(id, local);
+        }
+    }
+
+    /// A linearizable read tells that this node's state is as new as the cluster's.
+    fn ask_whether_caught_up(&mut self) {
+        let (replica, sender) = (self.config.replica.clone(), self.sender.clone());
+        self.errands.push(self.config.executor.spawn(async move {
+            while replica.read().await.is_err() {
+                async_io::Timer::after(Duration::from_millis(200)).await;
+            }
+            let _ = sender.send(Signal::CaughtUp).await;
+        }));
+    }
+
+    async fn look(&mut self, state: &Arc<State>) {
+        let now = self.shared.now();
+        self.announce(state, now);
+        let is_alone = !self.is_caught_up && now.since_ms(Mono(3_600_000)) >= ALONE_AFTER_MS;
+        let situation = Situation {
+            state,
+            node: self.config.node,
+            may_start: self.is_caught_up || is_alone,
+            is_alone,
+            now,
+        };
+        let actions = {
+            let mut locals = self.shared.locals();
+            locals.values_mut().for_each(|local| local.restarts.settle(now));
+            locals.retain(|id, local| {
+                let is_known = state.instances.find(id).is_some_and(|row| row.node == Some(situation.node));
+                is_known || local.is_busy || local.presence != Presence::Absent
+            });
+            reconcile(&situation, &locals)
+        };
+        for (id, action) in actions {
+            self.begin(id, action, state);
+        }
+        self.watch_health(state);
+        if situation.may_start {
+            self.keep_artifacts(state);
+            self.delete_volumes(state);
+            self.sweep(state, now);
+        }
+        self.wire(state).await;
+        self.send_reports(state, now).await;
+        self.errands.retain(|task| !task.is_finished());
+    }
+
+    /// Tells the cluster of this run of the daemon, until the state shows it.
+    fn announce(&mut self, state: &State, now: Mono) {
+        let Some(node) = state.nodes.find(&self.config.node) else { return };
+        let is_known = node.start_id == Some(self.config.start_id) && node.stopped_at.is_none();
+        let is_due = self.announced_at.is_none_or(|at| now.since_ms(at) >= 300);
+        if !is_known && is_due {
+            self.announced_at = Some(now);
+            let command = Command::NodeStarted {
+                node: self.config.node,
+                start_id: self.config.start_id,
+                architecture: Architecture::own(),
+                size: self.config.size,
+                software: self.config.software.clone(),
+            };
+            self.config.replica.input_or_drop(Input::Report { command: Box::new(command) });
+        }
+    }
+
+    fn begin(&mut self, id: InstanceId, action: Action, state: &Arc<State>) {
+        self.shared.locals().entry(id).or_default().is_busy = true;
+        let ground = self.shared.ground.clone();
+        let sender = self.sender.clone();
+        let state = state.clone();
+        self.probes.remove(&id);
+        let task = match action {
+            Action::Launch => self.config.executor.spawn(async move {
+                let progress = sender.clone();
+                let outcome = smol::unblock(move || {
+                    ground.launch(&state, id, &mut |text| {
+                        // Progress is for the eye: one that finds no room is not missed.
+                        let _ = progress.try_send(Signal::Progress { instance: id, text });
+                    })
+                })
+                .await;
+                let error = outcome.err().map(|error| chain(&error));
+                let _ = sender.send(Signal::Launched { instance: id, error }).await;
+            }),
+            Action::Stop => {
+                let (signal, grace) = stop_of(&state, id);
+                self.config.executor.spawn(async move {
+                    let runtime = ground.runtime.clone();
+                    let outcome = smol::unblock(move || {
+                        let number = signal.unwrap_or_else(|| image_stop_signal(&runtime, id));
+                        runtime.stop(&container_id(id), number, grace)
+                    })
+                    .await;
+                    let error = outcome.err().map(|error| chain(&error));
+                    let _ = sender.send(Signal::Stopped { instance: id, error }).await;
+                })
+            }
+            Action::Remove => self.config.executor.spawn(async move {
+                let outcome = smol::unblock(move || {
+                    let container = container_id(id);
+                    if let Err(error) = ground.network.detach(container.as_str()) {
+                        warn!(instance = %id, %error, "take down the network of a container");
+                    }
+                    ground.runtime.remove(&container, KeepLogs::Yes)
+                })
+                .await;
+                let error = outcome.err().map(|error| chain(&error));
+                let _ = sender.send(Signal::Removed { instance: id, error }).await;
+            }),
+        };
+        self.tasks.insert(id, task);
+    }
+
+    fn await_end(&mut self, id: InstanceId) {
+        let runtime = self.shared.ground.runtime.clone();
+        let sender = self.sender.clone();
+        let task = self.config.executor.spawn(async move {
+            let watch = match runtime.watch(&container_id(id)) {
+                Ok(watch) => watch,
+                Err(error) => {
+                    warn!(instance = %id, %error, "watch a container");
+                    let _ = sender.send(Signal::Ended { instance: id, end: ContainerEnd::Lost }).await;
+                    return;
+                }
+            };
+            let end = watch.wait().await.unwrap_or(ContainerEnd::Lost);
+            let _ = sender.send(Signal::Ended { instance: id, end }).await;
+        });
+        self.tasks.insert(id, task);
+    }
+
+    fn take(&mut self, signal: Signal, state: &State) {
+        let now = self.shared.now();
+        match signal {
+            Signal::CaughtUp => self.is_caught_up = true,
+            Signal::Progress { instance, text } => {
+                if let Some(local) = self.shared.locals().get_mut(&instance) {
+                    local.progress = Some(text);
+                }
+            }
+            Signal::Launched { instance, error } => self.launched(instance, error, state, now),
+            Signal::Stopped { instance, error } => {
+                self.done(instance, error, "stop a container", |local| local.presence = Presence::Stopped);
+            }
+            Signal::Removed { instance, error } => {
+                self.done(instance, error, "remove a container", |local| local.presence = Presence::Absent);
+            }
+            Signal::Ended { instance, end } => self.ended(instance, end, state, now),
+            Signal::Verdict { instance, verdict } => {
+                if let Some(local) = self.shared.locals().get_mut(&instance) {
+                    info!(%instance, ?verdict, "health changed");
+                    local.verdict = Some(verdict);
+                    local.verdict_since = now;
+                }
+            }
+            Signal::Kept { digest, is_here } => {
+                self.keeping.remove(&digest);
+                if is_here {
+                    self.reporter.holds.insert(digest);
+                }
+            }
+            Signal::VolumesDeleted { volumes } => self.reporter.volumes_deleted.extend(volumes),
+        }
+    }
+
+    fn launched(&mut self, id: InstanceId, error: Option<String>, state: &State, now: Mono) {
+        let policy = policy_of(state, id);
+        let is_running = error.is_none();
+        {
+            let mut locals = self.shared.locals();
+            let Some(local) = locals.get_mut(&id) else { return };
+            local.is_busy = false;
+            local.progress = None;
+            local.verdict = None;
+            match error {
+                None => {
+                    info!(instance = %id, "container runs");
+                    local.presence = Presence::Running;
+                    local.restarts.started(now);
+                }
+                Some(why) => {
+                    warn!(instance = %id, error = why, "container not started");
+                    let is_made = self.shared.ground.runtime.spec(&container_id(id)).is_ok();
+                    local.presence = if is_made { Presence::Stopped } else { Presence::Absent };
+                    // What never started is tried again under any policy: an image may be on its way.
+                    let policy = if policy == RestartPolicy::No { RestartPolicy::Always } else { policy };
+                    local.restarts.exited(Exit::NotStarted(why), policy, now);
+                }
+            }
+        }
+        if is_running {
+            self.await_end(id);
+        }
+    }
+
+    fn ended(&mut self, id: InstanceId, end: ContainerEnd, state: &State, now: Mono) {
+        let limit_bytes = memory_limit(state, id);
+        let exit = exit_of(end, limit_bytes);
+        self.probes.remove(&id);
+        let mut locals = self.shared.locals();
+        let Some(local) = locals.get_mut(&id) else { return };
+        if local.is_busy {
+            // It is being stopped: that work says how it went.
+            return;
+        }
+        info!(instance = %id, %exit, "container ended");
+        local.presence = Presence::Stopped;
+        local.verdict = None;
+        local.restarts.exited(exit, policy_of(state, id), now);
+    }
+
+    fn done(&mut self, id: InstanceId, error: Option<String>, what: &str, change: impl FnOnce(&mut Local)) {
+        let now = self.shared.now();
+        let mut locals = self.shared.locals();
+        let Some(local) = locals.get_mut(&id) else { return };
+        local.is_busy = false;
+        match error {
+            None => change(local),
+            Some(why) => {
+                warn!(instance = %id, error = why, "{what}");
+                local.restarts.not_before = now.plus_ms(1000);
+            }
+        }
+    }
+
+    /// One probe per running instance with a health check.
+    fn watch_health(&mut self, state: &State) {
+        let running: Vec<InstanceId> = {
+            let locals = self.shared.locals();
+            let runs = |(_, local): &(&InstanceId, &Local)| local.presence == Presence::Running && !local.is_busy;
+            locals.iter().filter(runs).map(|(id, _)| *id).collect()
+        };
+        self.probes.retain(|id, _| running.contains(id));
+        for id in running {
+            let spec = spec_of(state, id).and_then(|spec| spec.health.clone());
+            let spec = spec.filter(|spec| spec.test != HealthTest::Disabled);
+            if let Some(spec) = spec.filter(|_| !self.probes.contains_key(&id)) {
+                let runtime = self.shared.ground.runtime.clone();
+                let probe = health::probe(runtime, id, spec, self.shared.origin, self.sender.clone());
+                self.probes.insert(id, self.config.executor.spawn(probe));
+            }
+        }
+    }
+
+    /// What no registry can give again lies on two nodes: this one fetches what it is to keep.
+    fn keep_artifacts(&mut self, state: &Arc<State>) {
+        for artifact in state.artifacts.rows() {
+            let digest = &artifact.digest;
+            if artifact.holders.contains(&self.config.node) {
+                self.reporter.holds.remove(digest);
+                continue;
+            }
+            if self.keeping.contains(digest) || !is_keeper(state, artifact, self.config.node) {
+                continue;
+            }
+            self.keeping.insert(digest.clone());
+            let (ground, sender, state) = (self.shared.ground.clone(), self.sender.clone(), state.clone());
+            let artifact = artifact.clone();
+            self.errands.push(self.config.executor.spawn(async move {
+                let digest = artifact.digest.clone();
+                let outcome = smol::unblock(move || ground.artifacts.keep_copy(&state, &artifact)).await;
+                let is_here = outcome.is_ok();
+                if let Err(error) = outcome {
+                    warn!(digest = digest.short(), error = chain(&error), "keep a second copy");
+                    async_io::Timer::after(Duration::from_secs(2)).await;
+                }
+                let _ = sender.send(Signal::Kept { digest, is_here }).await;
+            }));
+        }
+    }
+
+    fn delete_volumes(&mut self, state: &State) {
+        let mine = |volume: &&crate::state::Volume| volume.is_removed && volume.node == Some(self.config.node);
+        let volumes: Vec<(AppName, String)> =
+            state.volumes.rows().filter(mine).map(|volume| (volume.app.clone(), volume.name.clone())).collect();
+        self.reporter.volumes_deleted.retain(|volume| volumes.contains(volume));
+        let in_use = |app: &AppName| {
+            state.instances_on(self.config.node).any(|row| state.services.find(&row.service).is_some_and(|s| &s.app == app))
+        };
+        let due: Vec<(AppName, String)> = volumes
+            .into_iter()
+            .filter(|volume| !self.reporter.volumes_deleted.contains(volume) && !in_use(&volume.0))
+            .collect();
+        if due.is_empty() {
+            return;
+        }
+        let (ground, sender) = (self.shared.ground.clone(), self.sender.clone());
+        self.errands.push(self.config.executor.spawn(async move {
+            let volumes = smol::unblock(move || {
+                due.into_iter()
+                    .filter(|(app, name)| {
+                        let folder = ground.volume_dir(app, name);
+                        !folder.exists() || std::fs::remove_dir_all(&folder).is_ok()
+                    })
+                    .collect::<Vec<_>>()
+            })
+            .await;
+            let _ = sender.send(Signal::VolumesDeleted { volumes }).await;
+        }));
+    }
+
+    /// Now and then, and only when something was let go: images and content that nothing needs.
+    fn sweep(&mut self, state: &Arc<State>, now: Mono) {
+        if self.swept_at.is_some_and(|at| now.since_ms(at) < SWEEP_EVERY_MS) {
+            return;
+        }
+        self.swept_at = Some(now);
+        let (ground, state) = (self.shared.ground.clone(), state.clone());
+        self.errands.push(self.config.executor.spawn(async move {
+            smol::unblock(move || sweep_files(&ground, &state)).await;
+        }));
+    }
+
+    /// Published ports follow what runs here.
+    async fn wire(&mut self, state: &Arc<State>) {
+        let ports = {
+            let locals = self.shared.locals();
+            let serves = |id: &InstanceId| {
+                locals.get(id).is_some_and(|local| {
+                    local.presence == Presence::Running && local.verdict != Some(Verdict::Unhealthy)
+                })
+            };
+            published_ports(state, self.config.node, serves)
+        };
+        if ports == self.wired.ports {
+            return;
+        }
+        let network = self.shared.ground.network.clone();
+        let wanted = ports.clone();
+        match smol::unblock(move || network.set_ports(&wanted)).await {
+            Ok(()) => self.wired.ports = ports,
+            Err(error) => warn!(error = chain(&error), "publish ports"),
+        }
+    }
+
+    async fn send_reports(&mut self, state: &State, now: Mono) {
+        {
+            let locals = self.shared.locals();
+            for instance in state.instances_on(self.config.node) {
+                let local = locals.get(&instance.id).cloned().unwrap_or_default();
+                let found = if self.is_caught_up { finding(instance, &local, now) } else { None };
+                self.reporter.note(instance, found, now);
+            }
+        }
+        let node = self.config.node;
+        self.reporter.retain(|id| state.instances.find(&id).is_some_and(|row| row.node == Some(node)));
+        if let Some(report) = self.reporter.due(now) {
+            let start_id = self.config.start_id;
+            let command = Box::new(Command::Report { node, start_id, report });
+            self.config.replica.input(Input::Report { command }).await;
+        }
+    }
+}
+
+fn spec_of(state: &State, id: InstanceId) -> Option<&ServiceSpec> {
+    let instance = state.instances.find(&id)?;
+    let service = state.services.find(&instance.service)?;
+    Some(service.spec_of(instance.spec_version))
+}
+
+fn policy_of(state: &State, id: InstanceId) -> RestartPolicy {
+    spec_of(state, id).map(|spec| spec.restart).unwrap_or_default()
+}
+
+fn memory_limit(state: &State, id: InstanceId) -> u64 {
+    spec_of(state, id).and_then(|spec| spec.resources.memory_bytes_max).unwrap_or(0)
+}
+
+/// The signal that the service names, if it does, and its grace.
+fn stop_of(state: &State, id: InstanceId) -> (Option<i32>, Duration) {
+    let spec = spec_of(state, id);
+    let signal = spec.and_then(|spec| spec.stop_signal.as_deref()).and_then(signal_number);
+    let grace_ms = spec.map_or(crate::model::spec::STOP_GRACE_MS, |spec| spec.stop_grace_ms);
+    (signal, Duration::from_millis(grace_ms))
+}
+
+fn image_stop_signal(runtime: &crate::runtime::Runtime, id: InstanceId) -> i32 {
+    let spec = runtime.spec(&container_id(id)).ok();
+    spec.and_then(|spec| spec.image.stop_signal).as_deref().and_then(signal_number).unwrap_or(libc::SIGTERM)
+}
+
+/// `SIGQUIT`, `QUIT` or `3`.
+pub fn signal_number(text: &str) -> Option<i32> {
+    if let Ok(number) = text.parse::<i32>() {
+        return (1..=64).contains(&number).then_some(number);
+    }
+    let upper = text.to_ascii_uppercase();
+    let name = if upper.starts_with("SIG") { upper } else { format!("SIG{upper}") };
+    name.parse::<nix::sys::signal::Signal>().ok().map(|signal| signal as i32)
+}
+
+fn exit_of(end: ContainerEnd, limit_bytes: u64) -> Exit {
+    match end {
+        ContainerEnd::Exited(record) if record.is_oom_killed => Exit::OutOfMemory { limit_bytes },
+        ContainerEnd::Exited(record) => match record.signal {
+            Some(signal) => Exit::Signal(signal.clamp(0, 255) as u8),
+            None => Exit::Code(record.code.clamp(0, 255) as u8),
+        },
+        ContainerEnd::Lost => Exit::Signal(libc::SIGKILL as u8),
+    }
+}
+
+/// Whether this node is the one to fetch another copy: fewer than two live holders, and it comes first of the rest.
+fn is_keeper(state: &State, artifact: &Artifact, own: NodeId) -> bool {
+    if artifact.kind == ArtifactKind::RegistryImage || artifact.holders.is_empty() {
+        return false;
+    }
+    let live: Vec<NodeId> = state
+        .nodes
+        .rows()
+        .filter(|node| node.condition == Condition::Up && !node.is_leaving)
+        .map(|node| node.id)
+        .collect();
+    let holders = live.iter().filter(|id| artifact.holders.contains(id)).count();
+    let first = live.iter().find(|id| !artifact.holders.contains(id));
+    holders < 2 && first == Some(&own)
+}
+
+/// Ports of the instances that serve here, in a fixed order.
+fn published_ports(
+    state: &State,
+    node: NodeId,
+    serves: impl Fn(&InstanceId) -> bool,
+) -> Vec<PublishedPort> {
+    let mut ports: BTreeMap<(Protocol, u16, Option<std::net::Ipv4Addr>), Vec<(std::net::Ipv4Addr, u16)>> = BTreeMap::new();
+    for instance in state.instances_on(node).filter(|row| row.desired == Desired::Run && serves(&row.id)) {
+        let Some(service) = state.services.find(&instance.service) else { continue };
+        let Some(address) = instance.address else { continue };
+        for port in &service.spec_of(instance.spec_version).ports {
+            if let Some(published) = port.published {
+                let key = (port.protocol, published, port.host_address);
+                ports.entry(key).or_default().push((address, port.target));
+            }
+        }
+    }
+    ports
+        .into_iter()
+        .map(|((protocol, port, host_address), endpoints)| PublishedPort { protocol, port, host_address, endpoints })
+        .collect()
+}
+
+fn sweep_files(ground: &Ground, state: &State) {
+    let in_use: BTreeSet<&Digest> = state
+        .services
+        .rows()
+        .flat_map(|service| {
+            let previous = service.previous.iter().flat_map(|previous| {
+                previous.spec.content_digests().into_iter().chain(previous.spec.image.digest.as_ref())
+            });
+            service.spec.content_digests().into_iter().chain(service.spec.image.digest.as_ref()).chain(previous)
+        })
+        .collect();
+    ground.artifacts.sweep_content(|hex| in_use.iter().any(|digest| digest.hex() == hex));
+    let keep = state
+        .artifacts
+        .rows()
+        .filter(|artifact| artifact.kind != ArtifactKind::RegistryImage || in_use.contains(&artifact.digest))
+        .map(|artifact| super::artifacts::images_digest(&artifact.digest))
+        .collect();
+    match ground.runtime.collect_garbage(&keep) {
+        Ok(collected) if collected.images + collected.blobs + collected.layers > 0 => {
+            info!(images = collected.images, blobs = collected.blobs, layers = collected.layers, "unused images removed");
+        }
+        Ok(_) => {}
+        Err(error) => warn!(%error, "remove unused images"),
+    }
+}
+
+/// An error with its causes, in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text += &format!(": {cause}");
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,91 @@
+//! A node as all nodes know it.
+
+use super::ids::{NodeId, PublicKey, StartId, StoreId};
+use super::time::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Architecture {
+    #[default]
+    Amd64,
+    Arm64,
+    Arm,
+    Riscv64,
+}
+
+impl Architecture {
+    /// As OCI and Docker write it.
+    pub fn oci_name(self) -> &'static str {
+        match self {
+            Architecture::Amd64 => "amd64",
+            Architecture::Arm64 => "arm64",
+            Architecture::Arm => "arm",
+            Architecture::Riscv64 => "riscv64",
+        }
+    }
+
+    /// The architecture this program was compiled for.
+    pub fn own() -> Architecture {
+        match std::env::consts::ARCH {
+            "aarch64" => Architecture::Arm64,
+            "arm" => Architecture::Arm,
+            "riscv64" => Architecture::Riscv64,
+            _ => Architecture::Amd64,
+        }
+    }
+}
+
+impl fmt::Display for Architecture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.oci_name())
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Condition {
+    #[default]
+    Up,
+    Down,
+}
+
+/// What a node has to give.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeSize {
+    pub cpu_millis: u64,
+    /// Memory for containers: the machine's minus the reserve for tinydc and the system.
+    pub memory_bytes: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Node {
+    pub id: NodeId,
+    pub name: String,
+    /// Which /24 of the container range is its own: 1 to 254.
+    pub number: u8,
+    pub public_key: PublicKey,
+    /// DER, signed by the cluster's CA; kept so that a repeated join gets the same one.
+    pub certificate: Vec<u8>,
+    pub store_id: StoreId,
+    /// Of the daemon that last announced its start; `None` before the first.
+    pub start_id: Option<StartId>,
+    pub architecture: Architecture,
+    pub size: NodeSize,
+    pub labels: BTreeMap<String, String>,
+    pub condition: Condition,
+    /// Set by `node drain`: its instances move and nothing new comes.
+    pub is_drained: bool,
+    /// `leave` or `node rm` was asked: it loses its vote, then it is forgotten.
+    pub is_leaving: bool,
+    /// When it last went down or stopped cleanly, newest last, at most three: a flapping node is kept free.
+    pub losses: Vec<Timestamp>,
+    /// A clean stop announced itself at this time: nothing moves for a minute.
+    pub stopped_at: Option<Timestamp>,
+    /// Whether it holds the cluster key, confirmed and on its disk: only then may it vote.
+    pub has_cluster_key: bool,
+    pub joined_at: Timestamp,
+    /// tinydc's version on it.
+    pub software: String,
+    pub version: u64,
+}

@@ -1,0 +1,139 @@
+//! What holds for the whole cluster and can be changed with `tinydc settings`: typed, with default and meaning.
+
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TimerProfile {
+    /// Tick 100 ms: for SD cards, where one fsync may take seconds.
+    #[default]
+    Card,
+    /// Tick 20 ms: for SSDs.
+    Fast,
+}
+
+impl TimerProfile {
+    pub fn tick_ms(self) -> u64 {
+        match self {
+            TimerProfile::Card => 100,
+            TimerProfile::Fast => 20,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settings {
+    pub timers: TimerProfile,
+    pub default_memory_bytes: u64,
+    pub default_cpu_millis: u64,
+    /// Registries that may be asked without TLS, `host:port`.
+    pub insecure_registries: Vec<String>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            timers: TimerProfile::Card,
+            default_memory_bytes: 64 << 20,
+            default_cpu_millis: 100,
+            insecure_registries: Vec::new(),
+        }
+    }
+}
+
+/// One row of `tinydc settings`.
+pub struct SettingRow {
+    pub key: &'static str,
+    pub value: String,
+    pub default: String,
+    pub meaning: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SettingError {
+    #[error("there is no setting {0:?}; `tinydc settings` lists them")]
+    Unknown(String),
+    #[error("{value:?} is not a value of {key}: {expected}")]
+    BadValue { key: String, value: String, expected: &'static str },
+}
+
+const KEYS: [(&str, &str); 4] = [
+    ("timers", "card: for SD cards; fast: for SSDs, a leader is replaced within a second"),
+    ("default_memory", "memory reserved for an instance that reserves none (MiB)"),
+    ("default_cpu", "CPU reserved for an instance that reserves none (thousandths of a core)"),
+    ("insecure_registries", "registries that may be asked without TLS (host:port, comma-separated)"),
+];
+
+impl Settings {
+    pub fn rows(&self) -> Vec<SettingRow> {
+        let default = Settings::default();
+        KEYS.iter()
+            .map(|(key, meaning)| SettingRow {
+                key,
+                value: self.value(key),
+                default: default.value(key),
+                meaning,
+            })
+            .collect()
+    }
+
+    fn value(&self, key: &str) -> String {
+        match key {
+            "timers" => match self.timers {
+                TimerProfile::Card => "card".into(),
+                TimerProfile::Fast => "fast".into(),
+            },
+            "default_memory" => (self.default_memory_bytes >> 20).to_string(),
+            "default_cpu" => self.default_cpu_millis.to_string(),
+            _ => self.insecure_registries.join(","),
+        }
+    }
+
+    /// Changes one setting; says which values there are when `value` is none of them.
+    pub fn set(&mut self, key: &str, value: &str) -> Result<(), SettingError> {
+        let bad = |expected| SettingError::BadValue { key: key.into(), value: value.into(), expected };
+        let number = |range: std::ops::RangeInclusive<u64>, expected| {
+            value.parse::<u64>().ok().filter(|n| range.contains(n)).ok_or_else(|| bad(expected))
+        };
+        match key {
+            "timers" => {
+                self.timers = match value {
+                    "card" => TimerProfile::Card,
+                    "fast" => TimerProfile::Fast,
+                    _ => return Err(bad("card or fast")),
+                }
+            }
+            "default_memory" => {
+                self.default_memory_bytes = number(1..=1 << 20, "MiB, 1 to 1048576")? << 20;
+            }
+            "default_cpu" => {
+                self.default_cpu_millis = number(0..=64_000, "thousandths of a core, 0 to 64000")?;
+            }
+            "insecure_registries" => {
+                let hosts: Vec<String> =
+                    value.split(',').map(str::trim).filter(|h| !h.is_empty()).map(String::from).collect();
+                if hosts.iter().any(|host| host.contains('/') || host.len() > 255) || hosts.len() > 32 {
+                    return Err(bad("at most 32 of host or host:port, comma-separated"));
+                }
+                self.insecure_registries = hosts;
+            }
+            _ => return Err(SettingError::Unknown(key.into())),
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_setting_takes_back_what_it_shows() {
+        let mut settings = Settings::default();
+        for row in Settings::default().rows() {
+            settings.set(row.key, &row.value).expect(row.key);
+        }
+        assert_eq!(settings, Settings::default());
+        assert!(settings.set("timers", "slow").is_err());
+        assert!(settings.set("colour", "red").is_err());
+    }
+}

@@ -1,0 +1,179 @@
+//! Rules of the planner, on states that the real state machine made.
+
+use super::*;
+use crate::model::*;
+use crate::state::Command;
+use crate::state::testing::{Applier, spec, start};
+use std::collections::BTreeMap;
+
+fn heard() -> HeardNodes {
+    HeardNodes::new()
+}
+
+/// Plans and applies until nothing is left, reporting `phase` for what runs; returns how many plans it took.
+fn settle(applier: &mut Applier, phase: Phase) -> usize {
+    for round in 0..100 {
+        let steps = plan(&applier.state, &heard(), applier.state.time());
+        if steps.is_empty() {
+            return round;
+        }
+        applier.must(Command::Plan { steps });
+        let waiting = applier.state.instances.rows().any(|row| {
+            row.node.is_some() && (row.observed.phase == Phase::Assigned || row.desired == Desired::Remove)
+        });
+        if waiting {
+            applier.report_all(phase);
+        }
+    }
+    panic!("the planner does not come to an end: {:?}", applier.state.instances);
+}
+
+fn by_node(applier: &Applier) -> BTreeMap<u64, usize> {
+    let mut counts = BTreeMap::new();
+    for row in applier.state.instances.rows().filter(|row| row.desired == Desired::Run) {
+        *counts.entry(row.node.map_or(0, |node| node.0)).or_default() += 1;
+    }
+    counts
+}
+
+/// Lets time pass in the state by an entry that changes nothing else.
+fn pass(applier: &mut Applier, seconds: u64) {
+    applier.index += seconds;
+    applier.must(Command::LabelNode { node: NodeId(1), set: BTreeMap::new(), remove: Vec::new() });
+}
+
+#[test]
+fn plan_is_a_fixpoint() {
+    let mut applier = Applier::with_nodes(3);
+    applier.deploy("shop", &[("web", ServiceSpec { replicas: 4, ..spec("1") }), ("db", spec("1"))]);
+    settle(&mut applier, Phase::Running);
+    pass(&mut applier, 10);
+    settle(&mut applier, Phase::Running);
+    assert_eq!(plan(&applier.state, &heard(), applier.state.time()), Vec::new());
+}
+
+#[test]
+fn instances_spread_over_nodes() {
+    let mut applier = Applier::with_nodes(3);
+    applier.deploy("shop", &[("web", ServiceSpec { replicas: 6, ..spec("1") })]);
+    settle(&mut applier, Phase::Running);
+    assert_eq!(by_node(&applier), [(1, 2), (2, 2), (3, 2)].into());
+}
+
+#[test]
+fn a_dead_node_s_instances_move_and_pinned_ones_wait() {
+    let mut applier = Applier::with_nodes(3);
+    let data = MountSpec {
+        target: "/data".into(),
+        is_read_only: false,
+        source: MountSource::Volume { name: "data".into() },
+    };
+    let db = ServiceSpec { mounts: vec![data], ..spec("1") };
+    applier.deploy("shop", &[("web", ServiceSpec { replicas: 3, ..spec("1") }), ("db", db)]);
+    settle(&mut applier, Phase::Running);
+    let pinned = applier.state.volumes.rows().next().unwrap().node.unwrap();
+    let start_id = applier.state.nodes.find(&pinned).unwrap().start_id;
+    applier.must(Command::MarkNodeDown { node: pinned, start_id });
+    settle(&mut applier, Phase::Running);
+    let db = applier.state.services.rows().find(|service| service.name == "db").unwrap().id;
+    let rows: Vec<&Instance> = applier.state.instances_of(db).collect();
+    assert_eq!(rows.len(), 1);
+    assert_eq!((rows[0].observed.phase, rows[0].node), (Phase::Lost, Some(pinned)));
+    let web: Vec<&Instance> = applier.state.instances.rows().filter(|row| row.service != db).collect();
+    assert_eq!(web.len(), 3);
+    assert!(web.iter().all(|row| row.node != Some(pinned)), "{web:?}");
+    // The node returns: its data serves again under the same id.
+    let id = rows[0].id;
+    applier.must(start(pinned.0 as u8, 99));
+    settle(&mut applier, Phase::Running);
+    assert!(applier.state.instances.find(&id).is_some());
+}
+
+#[test]
+fn an_update_goes_one_at_a_time_and_only_on_success() {
+    let mut applier = Applier::with_nodes(3);
+    applier.deploy("shop", &[("web", ServiceSpec { replicas: 3, ..spec("1") })]);
+    settle(&mut applier, Phase::Running);
+    pass(&mut applier, 10);
+    settle(&mut applier, Phase::Running);
+    applier.deploy("shop", &[("web", ServiceSpec { replicas: 3, ..spec("22") })]);
+    let mut most_at_once = 0;
+    for _ in 0..60 {
+        let steps = plan(&applier.state, &heard(), applier.state.time());
+        if !steps.is_empty() {
+            applier.must(Command::Plan { steps });
+        }
+        let unready = applier.state.instances.rows().filter(|row| !row.observed.phase.is_running()).count();
+        most_at_once = most_at_once.max(unready);
+        applier.report_all(Phase::Running);
+        pass(&mut applier, 2);
+    }
+    assert_eq!(most_at_once, 1, "more than one instance was replaced at a time");
+    assert!(applier.state.instances.rows().all(|row| row.spec_version == 2));
+    let service = applier.state.services.rows().next().unwrap();
+    assert_eq!((service.update.clone(), service.previous.is_none()), (crate::state::Update::Done, true));
+}
+
+#[test]
+fn a_failed_update_stops_and_the_old_instances_keep_serving() {
+    let mut applier = Applier::with_nodes(2);
+    applier.deploy("shop", &[("web", ServiceSpec { replicas: 2, ..spec("1") })]);
+    settle(&mut applier, Phase::Running);
+    pass(&mut applier, 10);
+    settle(&mut applier, Phase::Running);
+    let old: Vec<InstanceId> = applier.state.instances.rows().map(|row| row.id).collect();
+    applier.deploy("shop", &[("web", ServiceSpec { replicas: 2, ..spec("22") })]);
+    for _ in 0..20 {
+        let steps = plan(&applier.state, &heard(), applier.state.time());
+        if !steps.is_empty() {
+            applier.must(Command::Plan { steps });
+        }
+        let rows: Vec<Instance> = applier.state.instances.rows().cloned().collect();
+        for row in rows.iter().filter(|row| !old.contains(&row.id)) {
+            if let Some(node) = row.node {
+                let is_gone = row.desired == Desired::Remove;
+                applier.report(node, row.id, if is_gone { Phase::Stopped } else { Phase::Failing }, is_gone);
+            }
+        }
+        pass(&mut applier, 2);
+    }
+    let service = applier.state.services.rows().next().unwrap();
+    assert!(matches!(service.update, crate::state::Update::Failed { .. }), "{:?}", service.update);
+    let now: Vec<InstanceId> = applier.state.instances.rows().map(|row| row.id).collect();
+    assert_eq!(now, old, "the old instances must be the ones that are left");
+}
+
+#[test]
+fn what_cannot_be_placed_says_why_with_numbers() {
+    let mut applier = Applier::with_nodes(3);
+    applier.must(Command::DrainNode { node: NodeId(3), is_drained: true });
+    let resources = ResourceSpec { reserved_memory_bytes: Some((1 << 30) + (64 << 20)), ..Default::default() };
+    applier.deploy("shop", &[("web", ServiceSpec { resources, ..spec("1") })]);
+    settle(&mut applier, Phase::Running);
+    let row = applier.state.instances.rows().next().unwrap();
+    let reason = pending_reason(&applier.state, &heard(), row, applier.state.time());
+    assert_eq!(reason.as_deref(), Some("2 nodes lack 64 MiB; pi-3 is drained"));
+}
+
+#[test]
+fn a_service_waits_for_what_it_depends_on() {
+    let mut applier = Applier::with_nodes(1);
+    let depends_on = [("db".to_string(), DependencyCondition::Healthy)].into();
+    applier.deploy("shop", &[("web", ServiceSpec { depends_on, ..spec("1") }), ("db", spec("1"))]);
+    settle(&mut applier, Phase::Running);
+    let placed = |applier: &Applier| applier.state.instances.rows().filter(|row| row.node.is_some()).count();
+    assert_eq!(placed(&applier), 1);
+    applier.report_all(Phase::Healthy);
+    settle(&mut applier, Phase::Healthy);
+    assert_eq!(placed(&applier), 2);
+}
+
+#[test]
+fn a_drained_node_keeps_nothing() {
+    let mut applier = Applier::with_nodes(2);
+    applier.deploy("shop", &[("web", ServiceSpec { replicas: 2, ..spec("1") })]);
+    settle(&mut applier, Phase::Running);
+    applier.must(Command::DrainNode { node: NodeId(2), is_drained: true });
+    settle(&mut applier, Phase::Running);
+    assert_eq!(by_node(&applier), [(1, 2)].into());
+}

@@ -1,0 +1,87 @@
+//! Frames between nodes: one format byte, then postcard. Variants are appended, fields never change.
+
+use crate::consensus::Message;
+use crate::control::Alive;
+use crate::state::Command;
+use serde::{Deserialize, Serialize};
+
+const FRAME_FORMAT: u8 = 1;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum PeerFrame {
+    Raft(Message),
+    /// What a node's agent says, on its way to the leader.
+    Forward(Command),
+    Alive(Alive),
+}
+
+/// Goes before a snapshot's frames.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SnapshotHeader {
+    pub message: Message,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    #[error("a frame of format {0}; this tinydc knows {FRAME_FORMAT}")]
+    UnknownFormat(u8),
+    #[error("decode a frame of {bytes} bytes")]
+    Decode { bytes: usize, #[source] source: postcard::Error },
+}
+
+fn encode<T: Serialize>(value: &T) -> Vec<u8> {
+    postcard::to_extend(value, vec![FRAME_FORMAT]).expect("plain data in memory always encodes")
+}
+
+fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, WireError> {
+    match bytes.split_first() {
+        Some((&FRAME_FORMAT, rest)) => {
+            postcard::from_bytes(rest).map_err(|source| WireError::Decode { bytes: bytes.len(), source })
+        }
+        first => Err(WireError::UnknownFormat(first.map_or(0, |(format, _)| *format))),
+    }
+}
+
+impl PeerFrame {
+    pub fn encode(&self) -> Vec<u8> {
+        encode(self)
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<PeerFrame, WireError> {
+        decode(bytes)
+    }
+}
+
+impl SnapshotHeader {
+    pub fn encode(&self) -> Vec<u8> {
+        encode(self)
+    }
+
+    pub fn decode(bytes: &[u8]) -> Result<SnapshotHeader, WireError> {
+        decode(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::Figures;
+    use crate::model::StartId;
+
+    #[test]
+    fn golden_bytes_of_frames() {
+        let alive = Alive { start_id: StartId(1), seq: 2, figures: Figures::default(), wall: None };
+        let bytes = PeerFrame::Alive(alive).encode();
+        assert_eq!(bytes, [1, 2, 1, 2, 0, 0, 0, 0, 0]);
+        assert_eq!(PeerFrame::decode(&bytes).expect("decodes"), PeerFrame::Alive(alive));
+        assert!(PeerFrame::decode(&[2, 2]).is_err());
+        assert!(PeerFrame::decode(&[1, 99]).is_err());
+        assert!(PeerFrame::decode(&[]).is_err());
+    }
+
+    #[test]
+    fn a_heartbeat_is_small() {
+        let message = Message { msg_type: crate::consensus::MessageType::MsgHeartbeat, to: 2, from: 1, term: 5, commit: 1000, ..Message::default() };
+        assert!(PeerFrame::Raft(message).encode().len() <= 24);
+    }
+}

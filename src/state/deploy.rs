@@ -1,0 +1,376 @@
+//! Apps: deployed, scaled, removed; and the images and content they need.
+
+use super::apply::not_found;
+use super::command::{KeptVolume, Outcome, Rejection, Reply};
+use super::rows::{App, PreviousSpec, Service, Update, Volume, VolumeKey};
+use super::State;
+use crate::model::limits::{INSTANCES_MAX, REPLICAS_MAX, SERVICES_PER_APP_MAX, SERVICE_SPEC_BYTES_MAX};
+use crate::model::*;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+
+/// Names one image may carry; each is a row's worth of bytes on every node.
+const NAMES_PER_ARTIFACT_MAX: usize = 64;
+
+pub fn deploy(state: &mut State, spec: &AppSpec, artifacts: &[Artifact]) -> Outcome {
+    check_bounds(state, spec)?;
+    check_ports(state, spec)?;
+    for artifact in artifacts {
+        merge_artifact(state, artifact);
+    }
+    let now = state.time();
+    let mut changed = Vec::new();
+    for (name, service) in &spec.services {
+        if put_service(state, &spec.name, name, service, now)? {
+            changed.push(name.clone());
+        }
+    }
+    let gone: Vec<(ServiceId, String)> = state
+        .services_of(&spec.name)
+        .filter(|service| !service.is_removed && !spec.services.contains_key(&service.name))
+        .map(|service| (service.id, service.name.clone()))
+        .collect();
+    let removed: Vec<String> = gone.iter().map(|(_, name)| name.clone()).collect();
+    for (id, _) in gone {
+        remove_service(state, id);
+    }
+    for (name, volume) in &spec.volumes {
+        put_volume(state, &spec.name, name, volume, now);
+    }
+    let before = state.apps.find(&spec.name);
+    let is_new = before.is_none_or(|app| app.is_removed);
+    let revision = before.map_or(0, |app| app.revision);
+    if is_new || !changed.is_empty() || !removed.is_empty() {
+        let app = App { name: spec.name.clone(), deployed_at: now, revision: revision + 1, is_removed: false };
+        state.apps.put(spec.name.clone(), app);
+        let text = match (changed.as_slice(), removed.as_slice()) {
+            ([], gone) => format!("{} deployed without {}", spec.name, gone.join(", ")),
+            (changed, []) => format!("{} deployed: {}", spec.name, changed.join(", ")),
+            (changed, gone) => {
+                format!("{} deployed: {}; without {}", spec.name, changed.join(", "), gone.join(", "))
+            }
+        };
+        state.note("deployed", spec.name.to_string(), text);
+    }
+    sweep_removed(state);
+    let revision = state.apps.find(&spec.name).map_or(revision, |app| app.revision);
+    Ok(Reply::Deployed { revision, changed, removed })
+}
+
+fn check_bounds(state: &State, spec: &AppSpec) -> Result<(), Rejection> {
+    let invalid = |text: String| Err(Rejection::Invalid(text));
+    if spec.services.is_empty() || spec.services.len() > SERVICES_PER_APP_MAX {
+        return invalid(format!("an app has 1 to {SERVICES_PER_APP_MAX} services, not {}", spec.services.len()));
+    }
+    for (name, service) in &spec.services {
+        let bytes = postcard::to_allocvec(service).map_or(usize::MAX, |bytes| bytes.len());
+        if bytes > SERVICE_SPEC_BYTES_MAX {
+            return invalid(format!("service {name} takes {bytes} bytes; at most {SERVICE_SPEC_BYTES_MAX}"));
+        }
+        if service.replicas > REPLICAS_MAX {
+            return invalid(format!("service {name}: at most {REPLICAS_MAX} replicas, not {}", service.replicas));
+        }
+        if service.image.digest.is_none() {
+            return invalid(format!("service {name}: the image {} has no digest", service.image.reference));
+        }
+        if let Some(volume) = service.volume_names().find(|volume| !spec.volumes.contains_key(*volume)) {
+            return invalid(format!("service {name} mounts a volume {volume} that the app does not name"));
+        }
+    }
+    let others: u64 = (state.services.rows())
+        .filter(|service| service.app != spec.name && !service.is_removed)
+        .map(|service| u64::from(service.spec.replicas))
+        .sum();
+    let wanted: u64 = spec.services.values().map(|service| u64::from(service.replicas)).sum();
+    if others + wanted > INSTANCES_MAX as u64 {
+        return invalid(format!("{} instances in all; at most {INSTANCES_MAX}", others + wanted));
+    }
+    Ok(())
+}
+
+/// A port published to all nodes has one owner in the whole cluster.
+fn check_ports(state: &State, spec: &AppSpec) -> Result<(), Rejection> {
+    let mut owners: BTreeMap<(Protocol, u16, Option<Ipv4Addr>), String> = BTreeMap::new();
+    for service in state.services.rows().filter(|service| service.app != spec.name && !service.is_removed) {
+        for port in &service.spec.ports {
+            if let Some(published) = port.published {
+                let owner = format!("{}/{}", service.app, service.name);
+                owners.insert((port.protocol, published, port.host_address), owner);
+            }
+        }
+    }
+    for (name, service) in &spec.services {
+        for port in &service.ports {
+            let Some(published) = port.published else { continue };
+            let owner = format!("{}/{name}", spec.name);
+            let clash = owners.iter().find(|((protocol, taken, address), by)| {
+                *protocol == port.protocol
+                    && *taken == published
+                    && (address.is_none() || port.host_address.is_none() || *address == port.host_address)
+                    && **by != owner
+            });
+            if let Some((_, by)) = clash {
+                let protocol = port.protocol.name().into();
+                return Err(Rejection::PortTaken { port: published, protocol, owner: by.clone() });
+            }
+            owners.insert((port.protocol, published, port.host_address), owner);
+        }
+    }
+    Ok(())
+}
+
+/// Whether anything about the service changed.
+fn put_service(
+    state: &mut State,
+    app: &AppName,
+    name: &str,
+    spec: &ServiceSpec,
+    now: Timestamp,
+) -> Result<bool, Rejection> {
+    let Some(before) = state.service_by_name(app, name) else {
+        let vip = allocate_vip(state)?;
+        let id = ServiceId(state.count(|counters| {
+            counters.service += 1;
+            counters.service
+        }));
+        let service = Service {
+            id,
+            app: app.clone(),
+            name: name.into(),
+            spec: spec.clone(),
+            spec_version: 1,
+            previous: None,
+            update: Update::Rolling { since: now },
+            vip,
+            was_started: false,
+            was_healthy: false,
+            was_completed: false,
+            is_removed: false,
+            version: 1,
+        };
+        state.services.put(id, service);
+        return Ok(true);
+    };
+    let retried = matches!(before.update, Update::Failed { .. });
+    if before.spec == *spec && !retried {
+        return Ok(false);
+    }
+    let same_but_count = ServiceSpec { replicas: before.spec.replicas, ..spec.clone() } == before.spec;
+    let id = before.id;
+    state.services.update(&id, |service| {
+        if !same_but_count {
+            replace_spec(service, spec.clone(), now);
+        } else if retried {
+            service.update = Update::Rolling { since: now };
+        }
+        service.spec.replicas = spec.replicas;
+        service.version += 1;
+    });
+    Ok(true)
+}
+
+fn replace_spec(service: &mut Service, spec: ServiceSpec, now: Timestamp) {
+    let old = std::mem::replace(&mut service.spec, spec);
+    // A deploy over a failed update goes on from what still serves, not from what never worked.
+    let keeps_previous = !matches!(service.update, Update::Done) && service.previous.is_some();
+    if !keeps_previous {
+        service.previous = Some(Box::new(PreviousSpec { spec: old, spec_version: service.spec_version }));
+    }
+    service.spec_version += 1;
+    service.update = Update::Rolling { since: now };
+}
+
+fn allocate_vip(state: &mut State) -> Result<Ipv4Addr, Rejection> {
+    let range = state.cluster().map_or(Ipv4Addr::UNSPECIFIED, |cluster| cluster.vip_range);
+    let taken: BTreeSet<Ipv4Addr> = state.services.rows().map(|service| service.vip).collect();
+    let next = state.meta.find(&()).map_or(0, |meta| meta.counters.next_vip);
+    // Hosts 1 to 65534 of the /16, going round so that a freed address rests before it serves again.
+    let found = (0..65_534u32)
+        .map(|step| (next + step) % 65_534 + 1)
+        .find(|host| !taken.contains(&Ipv4Addr::from(u32::from(range) + host)));
+    let host = found.ok_or_else(|| Rejection::NoAddress(format!("{range}/16")))?;
+    state.count(|counters| counters.next_vip = host);
+    Ok(Ipv4Addr::from(u32::from(range) + host))
+}
+
+fn put_volume(state: &mut State, app: &AppName, name: &str, spec: &VolumeSpec, now: Timestamp) {
+    let key = VolumeKey::new(app, name);
+    let before = state.volumes.find(&key);
+    // A volume that is there is never seeded again, so that its seed stays as it was.
+    if before.is_some_and(|volume| !volume.is_removed) {
+        return;
+    }
+    let volume = Volume {
+        app: app.clone(),
+        name: name.into(),
+        seed: spec.seed.clone(),
+        directory: spec.directory.clone(),
+        node: None,
+        created_at: now,
+        is_removed: false,
+    };
+    state.volumes.put(key, volume);
+}
+
+fn remove_service(state: &mut State, id: ServiceId) {
+    state.services.update(&id, |service| {
+        service.is_removed = true;
+        service.version += 1;
+    });
+    let instances: Vec<InstanceId> = state.instances_of(id).map(|instance| instance.id).collect();
+    for instance in instances {
+        state.instances.update(&instance, |instance| {
+            if instance.desired != Desired::Remove {
+                instance.desired = Desired::Remove;
+                instance.version += 1;
+            }
+        });
+    }
+}
+
+pub fn remove(state: &mut State, app: &AppName, with_volumes: bool) -> Outcome {
+    let known = state.apps.find(app).is_some_and(|row| !row.is_removed);
+    let volumes: Vec<VolumeKey> =
+        state.volumes.iter().filter(|(key, volume)| &key.app == app && !volume.is_removed).map(|(key, _)| key.clone()).collect();
+    if !known && (!with_volumes || volumes.is_empty()) {
+        return Err(not_found("app", app));
+    }
+    let services: Vec<ServiceId> = state.services_of(app).map(|service| service.id).collect();
+    for id in services {
+        remove_service(state, id);
+    }
+    let mut kept = Vec::new();
+    for key in volumes {
+        if with_volumes {
+            state.volumes.update(&key, |volume| volume.is_removed = true);
+        } else if let Some(volume) = state.volumes.find(&key) {
+            let node = volume.node.map(|node| state.node_name(node));
+            kept.push(KeptVolume { name: volume.name.clone(), node });
+        }
+    }
+    if known {
+        state.apps.update(app, |row| row.is_removed = true);
+        state.note("removed", app.to_string(), format!("{app} removed"));
+    }
+    sweep_removed(state);
+    Ok(Reply::Removed { volumes: kept })
+}
+
+/// Lets go of what was asked to be removed and has nothing running any more.
+pub fn sweep_removed(state: &mut State) {
+    let unplaced: Vec<InstanceId> = state
+        .instances
+        .rows()
+        .filter(|instance| instance.desired == Desired::Remove && instance.node.is_none())
+        .map(|instance| instance.id)
+        .collect();
+    for id in unplaced {
+        state.instances.remove(&id);
+    }
+    let services: Vec<ServiceId> = state
+        .services
+        .rows()
+        .filter(|service| service.is_removed && state.instances_of(service.id).next().is_none())
+        .map(|service| service.id)
+        .collect();
+    for id in services {
+        state.services.remove(&id);
+    }
+    let apps: Vec<AppName> = state
+        .apps
+        .rows()
+        .filter(|app| app.is_removed && state.services_of(&app.name).next().is_none())
+        .map(|app| app.name.clone())
+        .collect();
+    for app in apps {
+        state.apps.remove(&app);
+    }
+    // A volume that never got a node has no data to delete.
+    let volumes: Vec<VolumeKey> = state
+        .volumes
+        .iter()
+        .filter(|(_, volume)| volume.is_removed && volume.node.is_none())
+        .map(|(key, _)| key.clone())
+        .collect();
+    for key in volumes {
+        state.volumes.remove(&key);
+    }
+}
+
+pub fn scale(state: &mut State, app: &AppName, replicas: &BTreeMap<String, u32>) -> Outcome {
+    let mut changed = Vec::new();
+    for (name, count) in replicas {
+        let service =
+            state.service_by_name(app, name).ok_or_else(|| not_found("service", format!("{app}/{name}")))?;
+        if *count > REPLICAS_MAX {
+            return Err(Rejection::Invalid(format!("at most {REPLICAS_MAX} replicas, not {count}")));
+        }
+        if service.spec.is_global {
+            return Err(Rejection::Invalid(format!("{app}/{name} runs on each node (mode: global)")));
+        }
+        let (id, before) = (service.id, service.spec.replicas);
+        if before != *count {
+            changed.push(format!("{name}={count}"));
+            state.services.update(&id, |service| {
+                service.spec.replicas = *count;
+                service.version += 1;
+            });
+        }
+    }
+    if !changed.is_empty() {
+        state.note("scaled", app.to_string(), format!("{app} scaled: {}", changed.join(", ")));
+    }
+    let revision = state.apps.find(app).map_or(0, |app| app.revision);
+    Ok(Reply::Deployed { revision, changed, removed: Vec::new() })
+}
+
+pub fn register(state: &mut State, artifact: &Artifact) -> Outcome {
+    merge_artifact(state, artifact);
+    Ok(Reply::Done)
+}
+
+/// Adds names, platforms and holders to what is known; a name moves to the digest that last claimed it.
+fn merge_artifact(state: &mut State, artifact: &Artifact) {
+    let holders: BTreeSet<NodeId> =
+        artifact.holders.iter().copied().filter(|id| state.nodes.contains(id)).collect();
+    if artifact.kind == ArtifactKind::LoadedImage {
+        let others: Vec<Digest> = state
+            .artifacts
+            .iter()
+            .filter(|(digest, other)| **digest != artifact.digest && !other.names.is_disjoint(&artifact.names))
+            .map(|(digest, _)| digest.clone())
+            .collect();
+        for digest in others {
+            state.artifacts.update(&digest, |other| other.names.retain(|name| !artifact.names.contains(name)));
+        }
+    }
+    let mut merged = state.artifacts.find(&artifact.digest).cloned().unwrap_or_else(|| Artifact {
+        holders: BTreeSet::new(),
+        names: BTreeSet::new(),
+        ..artifact.clone()
+    });
+    merged.names.extend(artifact.names.iter().cloned());
+    while merged.names.len() > NAMES_PER_ARTIFACT_MAX {
+        merged.names.pop_first();
+    }
+    merged.platforms.extend(artifact.platforms.iter().map(|(name, digest)| (name.clone(), digest.clone())));
+    merged.holders.extend(holders);
+    merged.bytes = merged.bytes.max(artifact.bytes);
+    if artifact.kind == ArtifactKind::LoadedImage {
+        merged.kind = ArtifactKind::LoadedImage;
+    }
+    state.artifacts.put(artifact.digest.clone(), merged);
+}
+
+pub fn remove_artifact(state: &mut State, digest: &Digest) -> Outcome {
+    let user = state
+        .services
+        .rows()
+        .filter(|service| !service.is_removed)
+        .find(|service| service.spec.image.digest.as_ref() == Some(digest));
+    if let Some(service) = user {
+        return Err(Rejection::NotAllowed(format!("{}/{} uses it", service.app, service.name)));
+    }
+    state.artifacts.remove(digest).ok_or_else(|| not_found("image", digest))?;
+    Ok(Reply::Done)
+}

@@ -1,0 +1,314 @@
+//! Rules of the state machine, each with the data that shows it.
+
+use super::*;
+use crate::model::*;
+use std::collections::BTreeMap;
+
+const SECRET: [u8; 32] = [7; 32];
+
+pub fn join_node(number: u8) -> JoinNode {
+    JoinNode {
+        public_key: PublicKey([number; 32]),
+        certificate: vec![number],
+        store_id: StoreId(u128::from(number)),
+        name: "pi".into(),
+        architecture: Architecture::Arm64,
+        size: NodeSize { cpu_millis: 4000, memory_bytes: 1 << 30 },
+        software: "test".into(),
+    }
+}
+
+pub fn cluster() -> Cluster {
+    Cluster {
+        id: ClusterId(1),
+        name: "home".into(),
+        ca_certificate: vec![1],
+        sealed_ca_key: vec![2],
+        sealed_cluster_key: vec![3],
+        container_range: "10.77.0.0".parse().unwrap(),
+        vip_range: "10.78.0.0".parse().unwrap(),
+        feature_level: 1,
+        founded_at: Timestamp(0),
+    }
+}
+
+/// Applies commands as a leader would have proposed them, a second apart.
+pub struct Applier {
+    pub state: State,
+    pub index: u64,
+    pub rows: BTreeMap<(u8, Vec<u8>), Vec<u8>>,
+}
+
+impl Applier {
+    /// A cluster with `nodes` members, all started.
+    pub fn with_nodes(nodes: u8) -> Applier {
+        let mut applier = Applier { state: State::default(), index: 0, rows: BTreeMap::new() };
+        applier.must(Command::Found { cluster: Box::new(cluster()), node: Box::new(join_node(1)) });
+        let kind = TokenKind::Join { is_once: false };
+        applier.must(Command::CreateToken { secret_hash: SECRET, kind, expires_at: Timestamp(u64::MAX) });
+        for number in 2..=nodes {
+            applier.must(applier.join(number));
+        }
+        for number in 1..=nodes {
+            applier.must(start(number, u128::from(number)));
+        }
+        applier
+    }
+
+    pub fn join(&self, number: u8) -> Command {
+        let node = Box::new(join_node(number));
+        Command::JoinNode { token: TokenId(1), secret_hash: SECRET, node, replace: None }
+    }
+
+    pub fn apply(&mut self, command: Command) -> Outcome {
+        self.apply_as(None, command)
+    }
+
+    pub fn apply_as(&mut self, request: Option<RequestMark>, command: Command) -> Outcome {
+        self.index += 1;
+        let stamp = Timestamp(1_800_000_000_000 + self.index * 1000);
+        let envelope = Envelope { stamp, origin: Origin::default(), request, command };
+        let envelope = Envelope::decode(&envelope.encode()).unwrap();
+        let outcome = self.state.apply(self.index, &envelope);
+        for change in self.state.take_changes() {
+            match change.body {
+                Some(body) => self.rows.insert((change.kind, change.key), body),
+                None => self.rows.remove(&(change.kind, change.key)),
+            };
+        }
+        outcome
+    }
+
+    pub fn must(&mut self, command: Command) -> Reply {
+        let text = format!("{command:?}");
+        self.apply(command).unwrap_or_else(|rejection| panic!("{text}: {rejection}"))
+    }
+
+    pub fn deploy(&mut self, app: &str, services: &[(&str, ServiceSpec)]) -> Reply {
+        self.must(deploy(app, services))
+    }
+
+    /// Reports a phase for all instances on all nodes that are to run.
+    pub fn report_all(&mut self, phase: Phase) {
+        let instances: Vec<Instance> = self.state.instances.rows().cloned().collect();
+        for instance in instances {
+            let node = instance.node.and_then(|id| self.state.nodes.find(&id));
+            if let Some(node) = node.filter(|node| node.condition == Condition::Up).map(|node| node.id) {
+                let is_gone = instance.desired == Desired::Remove;
+                self.report(node, instance.id, if is_gone { Phase::Stopped } else { phase }, is_gone);
+            }
+        }
+    }
+
+    pub fn report(&mut self, node: NodeId, instance: InstanceId, phase: Phase, is_gone: bool) {
+        let start_id = self.state.nodes.find(&node).and_then(|node| node.start_id).unwrap();
+        let seq = self.index + 1;
+        let report = InstanceReport { instance, seq, phase, exit: None, is_gone };
+        let report = NodeReport { instances: vec![report], ..NodeReport::default() };
+        self.must(Command::Report { node, start_id, report });
+    }
+}
+
+pub fn start(number: u8, start_id: u128) -> Command {
+    Command::NodeStarted {
+        node: NodeId(u64::from(number)),
+        start_id: StartId(start_id),
+        architecture: Architecture::Arm64,
+        size: NodeSize { cpu_millis: 4000, memory_bytes: 1 << 30 },
+        software: "test".into(),
+    }
+}
+
+pub fn spec(tag: &str) -> ServiceSpec {
+    let digest = Digest::of_sha256(&[tag.len() as u8; 32]);
+    ServiceSpec::new(ImageSpec { reference: format!("hello:{tag}"), digest: Some(digest) })
+}
+
+pub fn deploy(app: &str, services: &[(&str, ServiceSpec)]) -> Command {
+    let services: BTreeMap<String, ServiceSpec> =
+        services.iter().map(|(name, spec)| (name.to_string(), spec.clone())).collect();
+    let volumes = services
+        .values()
+        .flat_map(|spec| spec.volume_names().map(|name| (name.to_string(), VolumeSpec::default())))
+        .collect();
+    let spec = AppSpec { name: AppName::new(app).unwrap(), services, volumes };
+    Command::DeployApp { spec: Box::new(spec), artifacts: Vec::new() }
+}
+
+fn port(published: u16) -> PortSpec {
+    PortSpec { protocol: Protocol::Tcp, published: Some(published), target: 80, host_address: None, is_host_mode: false }
+}
+
+#[test]
+fn a_rejected_command_changes_nothing() {
+    let mut applier = Applier::with_nodes(2);
+    applier.deploy("shop", &[("web", ServiceSpec { ports: vec![port(80)], ..spec("1") })]);
+    let cases = [
+        Command::JoinNode { token: TokenId(9), secret_hash: SECRET, node: Box::new(join_node(3)), replace: None },
+        Command::JoinNode { token: TokenId(1), secret_hash: [0; 32], node: Box::new(join_node(3)), replace: None },
+        Command::RemoveNode { node: NodeId(9), is_forced: true },
+        Command::RemoveToken { token: TokenId(9) },
+        deploy("blog", &[("a", spec("1")), ("web", ServiceSpec { ports: vec![port(80)], ..spec("1") })]),
+        deploy("blog", &[("a", ServiceSpec { replicas: 100_000, ..spec("1") })]),
+        Command::ChangeSetting { key: "timers".into(), value: "slow".into() },
+        Command::RemoveApp { app: AppName::new("blog").unwrap(), with_volumes: true },
+        Command::LabelNode { node: NodeId(1), set: [("a b".into(), "c".into())].into(), remove: Vec::new() },
+        Command::MarkNodeDown { node: NodeId(1), start_id: Some(StartId(99)) },
+        Command::Found { cluster: Box::new(cluster()), node: Box::new(join_node(3)) },
+    ];
+    for command in cases {
+        let text = format!("{command:?}");
+        let mut before = applier.state.clone();
+        assert!(applier.apply(command).is_err(), "{text}");
+        // Only cluster time has moved on.
+        before.meta.update(&(), |meta| meta.time = applier.state.time());
+        assert_eq!(applier.state, before, "{text}");
+    }
+}
+
+#[test]
+fn changes_rebuild_the_state() {
+    let mut applier = Applier::with_nodes(3);
+    applier.deploy("shop", &[("web", ServiceSpec { replicas: 2, ..spec("1") })]);
+    applier.must(Command::RemoveApp { app: AppName::new("shop").unwrap(), with_volumes: false });
+    let mut rebuilt = State::default();
+    for ((kind, key), body) in &applier.rows {
+        rebuilt.load_row(*kind, key, body).unwrap();
+    }
+    assert_eq!(rebuilt, applier.state);
+    assert_eq!(rebuilt.digest(), applier.state.digest());
+    assert_eq!(State::from_frames(&applier.state.to_frames()).unwrap(), applier.state);
+    assert_eq!(rebuilt.bytes(), applier.state.bytes());
+}
+
+#[test]
+fn a_retry_gets_the_first_outcome() {
+    let mut applier = Applier::with_nodes(1);
+    let mark = RequestMark { id: RequestId(5), body_hash: 1, created_index: 0 };
+    let create = || Command::CreateToken {
+        secret_hash: [1; 32],
+        kind: TokenKind::Join { is_once: true },
+        expires_at: Timestamp(u64::MAX),
+    };
+    let first = applier.apply_as(Some(mark), create());
+    assert_eq!(applier.apply_as(Some(mark), create()), first);
+    assert_eq!(applier.state.tokens.len(), 2);
+    let other_body = RequestMark { body_hash: 2, ..mark };
+    assert_eq!(applier.apply_as(Some(other_body), create()), Err(Rejection::RequestIdReused));
+}
+
+#[test]
+fn an_evicted_request_is_never_applied_again() {
+    let mut applier = Applier::with_nodes(1);
+    let label = |count: u64| Command::LabelNode {
+        node: NodeId(1),
+        set: [("count".to_string(), count.to_string())].into(),
+        remove: Vec::new(),
+    };
+    let mark = |id: u64| RequestMark { id: RequestId(u128::from(id)), body_hash: id, created_index: id };
+    let first_index = applier.index + 1;
+    for count in 0..limits::OUTCOMES_MAX as u64 + 8 {
+        // A stamp a second apart would age them out; keep them within the hour.
+        applier.index += 1;
+        let stamp = Timestamp(1_800_000_000_000 + applier.index);
+        let request = Some(RequestMark { created_index: applier.index, ..mark(count) });
+        let envelope = Envelope { stamp, origin: Origin::default(), request, command: label(count) };
+        applier.state.apply(applier.index, &envelope).unwrap();
+    }
+    assert_eq!(applier.state.outcomes.len(), limits::OUTCOMES_MAX);
+    let late = RequestMark { created_index: first_index, ..mark(0) };
+    let stamp = applier.state.time();
+    let envelope = Envelope { stamp, origin: Origin::default(), request: Some(late), command: label(0) };
+    assert_eq!(applier.state.apply(applier.index + 1, &envelope), Err(Rejection::UnknownOutcome));
+}
+
+#[test]
+fn a_repeated_join_returns_the_same_node() {
+    let mut applier = Applier::with_nodes(2);
+    let again = applier.must(applier.join(2));
+    assert_eq!(again, Reply::Joined { node: NodeId(2), name: "pi-2".into(), certificate: vec![2] });
+    assert_eq!(applier.state.nodes.len(), 2);
+}
+
+#[test]
+fn a_once_token_serves_one_key() {
+    let mut applier = Applier::with_nodes(1);
+    let kind = TokenKind::Join { is_once: true };
+    applier.must(Command::CreateToken { secret_hash: [8; 32], kind, expires_at: Timestamp(u64::MAX) });
+    let join = |number: u8| Command::JoinNode {
+        token: TokenId(2),
+        secret_hash: [8; 32],
+        node: Box::new(join_node(number)),
+        replace: None,
+    };
+    applier.must(join(2));
+    applier.must(join(2));
+    assert_eq!(applier.apply(join(3)), Err(Rejection::TokenReplayed));
+}
+
+#[test]
+fn an_expired_token_is_refused_with_its_date() {
+    let mut applier = Applier::with_nodes(1);
+    let at = Timestamp(1_800_000_000_000);
+    let kind = TokenKind::Join { is_once: false };
+    applier.must(Command::CreateToken { secret_hash: [8; 32], kind, expires_at: at });
+    let node = Box::new(join_node(2));
+    let join = Command::JoinNode { token: TokenId(2), secret_hash: [8; 32], node, replace: None };
+    assert_eq!(applier.apply(join), Err(Rejection::TokenExpired { at }));
+}
+
+#[test]
+fn an_unchanged_deploy_changes_nothing() {
+    let mut applier = Applier::with_nodes(1);
+    applier.deploy("shop", &[("web", spec("1"))]);
+    let before = applier.state.services.clone();
+    let reply = applier.deploy("shop", &[("web", spec("1"))]);
+    assert_eq!(reply, Reply::Deployed { revision: 1, changed: Vec::new(), removed: Vec::new() });
+    assert_eq!(applier.state.services, before);
+    // A count alone is no new version.
+    applier.deploy("shop", &[("web", ServiceSpec { replicas: 2, ..spec("1") })]);
+    assert_eq!(applier.state.services.rows().next().unwrap().spec_version, 1);
+    applier.deploy("shop", &[("web", ServiceSpec { replicas: 2, ..spec("22") })]);
+    assert_eq!(applier.state.services.rows().next().unwrap().spec_version, 2);
+}
+
+#[test]
+fn a_port_has_one_owner() {
+    let mut applier = Applier::with_nodes(1);
+    let with_port = |published| ServiceSpec { ports: vec![port(published)], ..spec("1") };
+    applier.deploy("shop", &[("web", with_port(80))]);
+    let taken = Rejection::PortTaken { port: 80, protocol: "tcp".into(), owner: "shop/web".into() };
+    assert_eq!(applier.apply(deploy("blog", &[("web", with_port(80))])), Err(taken));
+    applier.deploy("blog", &[("web", with_port(81))]);
+    // The same service may keep its own port.
+    applier.deploy("shop", &[("web", ServiceSpec { replicas: 2, ..with_port(80) })]);
+}
+
+#[test]
+fn reports_of_another_run_are_void() {
+    let mut applier = Applier::with_nodes(1);
+    let report = NodeReport { holds: Vec::new(), ..NodeReport::default() };
+    let stale = Command::Report { node: NodeId(1), start_id: StartId(99), report };
+    assert_eq!(applier.apply(stale), Err(Rejection::Stale));
+}
+
+/// The encodings that are on users' disks: a change here breaks clusters that run.
+#[test]
+fn golden_bytes_of_entries() {
+    let encode = |command| {
+        let origin = Origin { node: NodeId(1), start_id: StartId(2), counter: 3 };
+        Envelope { stamp: Timestamp(4), origin, request: None, command }.encode()
+    };
+    let cases: [(Command, &[u8]); 5] = [
+        (Command::RemoveNode { node: NodeId(5), is_forced: true }, &[1, 4, 1, 2, 3, 0, 2, 5, 1]),
+        (Command::NodeStopping { node: NodeId(5), start_id: StartId(6) }, &[1, 4, 1, 2, 3, 0, 4, 5, 6]),
+        (Command::RemoveToken { token: TokenId(5) }, &[1, 4, 1, 2, 3, 0, 11, 5]),
+        (Command::Plan { steps: Vec::new() }, &[1, 4, 1, 2, 3, 0, 20, 0]),
+        (Command::ForgetNode { node: NodeId(5) }, &[1, 4, 1, 2, 3, 0, 22, 5]),
+    ];
+    for (command, bytes) in cases {
+        assert_eq!(encode(command.clone()), bytes, "{command:?}");
+        assert_eq!(Envelope::decode(bytes).unwrap().command, command);
+    }
+    assert!(Envelope::decode(&[9, 0]).is_err(), "an unknown format must stop the node");
+}
