@@ -39,7 +39,8 @@ impl Judge {
             self.failures = 0;
             return spec.interval_ms;
         }
-        let is_excused = self.verdict == Verdict::Starting && now.since_ms(self.started_at) < spec.start_period_ms;
+        let is_excused =
+            self.verdict == Verdict::Starting && now.since_ms(self.started_at) < spec.start_period_ms;
         if !is_excused {
             self.failures += 1;
             if self.failures >= spec.retries.max(1) {
@@ -61,7 +62,13 @@ mod tests {
     use crate::model::HealthTest;
 
     fn spec() -> HealthSpec {
-        HealthSpec { test: HealthTest::Shell("true".into()), interval_ms: 1000, timeout_ms: 500, retries: 3, start_period_ms: 2000 }
+        HealthSpec {
+            test: HealthTest::Shell("true".into()),
+            interval_ms: 1000,
+            timeout_ms: 500,
+            retries: 3,
+            start_period_ms: 2000,
+        }
     }
 
     #[test]

@@ -30,7 +30,11 @@ pub enum FetchArtifactError {
     #[error("pull")]
     Pull(#[from] PullError),
     #[error("no node that holds it can be reached ({holders})")]
-    NoHolder { holders: String, #[source] source: Option<SourceError> },
+    NoHolder {
+        holders: String,
+        #[source]
+        source: Option<SourceError>,
+    },
     #[error("fetch it from a peer")]
     Fetch(#[from] FetchError),
     #[error("read the image store")]
@@ -113,7 +117,12 @@ impl Artifacts {
         let registry = self.registry(&state.cluster_settings())?;
         let platform = Platform::host();
         let layer_blobs = LayerBlobs::Drop;
-        let request = PullRequest { image: &reference, digest: &images_digest(digest), platform: &platform, layer_blobs };
+        let request = PullRequest {
+            image: &reference,
+            digest: &images_digest(digest),
+            platform: &platform,
+            layer_blobs,
+        };
         Ok(registry.pull(self.runtime.images(), &request, &mut tell)?)
     }
 
@@ -220,7 +229,8 @@ impl Artifacts {
                 Err(error) => last = Some(error),
             }
         }
-        let names = state.artifacts.find(digest).map(|artifact| holder_names(state, artifact)).unwrap_or_default();
+        let names =
+            state.artifacts.find(digest).map(|artifact| holder_names(state, artifact)).unwrap_or_default();
         Err(last.unwrap_or(FetchArtifactError::NoHolder { holders: names, source: None }))
     }
 
@@ -255,4 +265,3 @@ fn holder_names(state: &State, artifact: &Artifact) -> String {
 pub fn images_digest(digest: &Digest) -> images::Digest {
     images::Digest::parse(digest.as_str()).expect("both forms are sha256 and 64 hex digits")
 }
-

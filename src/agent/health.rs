@@ -25,7 +25,8 @@ pub async fn probe(
     let mut judge = Judge::new(now());
     let mut told = None;
     loop {
-        let (runtime, request) = (runtime.clone(), ExecRequest { command: command.clone(), ..ExecRequest::default() });
+        let (runtime, request) =
+            (runtime.clone(), ExecRequest { command: command.clone(), ..ExecRequest::default() });
         let timeout = Duration::from_millis(spec.timeout_ms);
         let outcome = smol::unblock(move || runtime.check(&container_id(instance), &request, timeout)).await;
         let is_success = matches!(outcome, Ok(result) if result.end == CheckEnd::Exited(0));

@@ -18,17 +18,33 @@ use std::sync::Arc;
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
     #[error("get image {image}")]
-    Image { image: String, #[source] source: FetchArtifactError },
+    Image {
+        image: String,
+        #[source]
+        source: FetchArtifactError,
+    },
     #[error("get the files mounted at {target}")]
-    Content { target: String, #[source] source: FetchArtifactError },
+    Content {
+        target: String,
+        #[source]
+        source: FetchArtifactError,
+    },
     #[error("make volume {name}")]
-    Volume { name: String, #[source] source: io::Error },
+    Volume {
+        name: String,
+        #[source]
+        source: io::Error,
+    },
     #[error("{path} does not exist on this node")]
     NoHostPath { path: String },
     #[error("connect to the network")]
     Network(#[from] NetworkError),
     #[error("write {path}")]
-    Write { path: PathBuf, #[source] source: io::Error },
+    Write {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("make the container")]
     Create(#[source] ContainerError),
     #[error("start the container")]
@@ -137,9 +153,18 @@ impl Ground {
             MountSource::Content { digest, is_file } => {
                 let failed = |source| LaunchError::Content { target: mount.target.clone(), source };
                 let folder = self.artifacts.content(state, digest, progress).map_err(failed)?;
-                (if *is_file { only_entry(&folder).map_err(|source| failed(source.into()))? } else { folder }, Seed::Never)
+                (
+                    if *is_file {
+                        only_entry(&folder).map_err(|source| failed(source.into()))?
+                    } else {
+                        folder
+                    },
+                    Seed::Never,
+                )
             }
-            MountSource::Volume { name } => (self.make_volume(state, service, name, progress)?, Seed::FromImageOnce),
+            MountSource::Volume { name } => {
+                (self.make_volume(state, service, name, progress)?, Seed::FromImageOnce)
+            }
             MountSource::HostPath { path } => {
                 if !Path::new(path).exists() {
                     return Err(LaunchError::NoHostPath { path: path.clone() });
@@ -191,9 +216,8 @@ impl Ground {
         let folder = self.runtime.instance_dir(container);
         let spec = service.spec_of(instance.spec_version);
         let name = spec.hostname.clone().unwrap_or_else(|| hostname(service, instance));
-        let hosts = format!(
-            "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{address}\t{name}\n"
-        );
+        let hosts =
+            format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{address}\t{name}\n");
         let files = [("hosts", hosts), ("hostname", format!("{name}\n")), ("resolv.conf", resolv_conf())];
         for (file, text) in files {
             let path = folder.join(file);
@@ -209,7 +233,8 @@ impl Ground {
 
 /// `web-1`: unique within its app, a DNS label.
 fn hostname(service: &Service, instance: &Instance) -> String {
-    let name: String = service.name.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(50).collect();
+    let name: String =
+        service.name.chars().filter(|c| c.is_ascii_alphanumeric() || *c == '-').take(50).collect();
     format!("{name}-{}", instance.slot)
 }
 

@@ -57,18 +57,24 @@ pub struct Situation<'a> {
     pub now: Mono,
 }
 
-pub fn reconcile(situation: &Situation<'_>, locals: &BTreeMap<InstanceId, Local>) -> Vec<(InstanceId, Action)> {
+pub fn reconcile(
+    situation: &Situation<'_>,
+    locals: &BTreeMap<InstanceId, Local>,
+) -> Vec<(InstanceId, Action)> {
     let mut actions = Vec::new();
     for instance in situation.state.instances_on(situation.node) {
         let local = locals.get(&instance.id).cloned().unwrap_or_default();
-        if !local.is_busy && let Some(action) = next(situation, instance, &local) {
+        if !local.is_busy
+            && let Some(action) = next(situation, instance, &local)
+        {
             actions.push((instance.id, action));
         }
     }
     // A returning node must not stop what runs before it knows what the cluster has decided meanwhile.
     if situation.may_start {
         for (id, local) in locals.iter().filter(|(_, local)| !local.is_busy) {
-            let is_here = situation.state.instances.find(id).is_some_and(|row| row.node == Some(situation.node));
+            let is_here =
+                situation.state.instances.find(id).is_some_and(|row| row.node == Some(situation.node));
             match local.presence {
                 Presence::Running if !is_here => actions.push((*id, Action::Stop)),
                 Presence::Stopped if !is_here => actions.push((*id, Action::Remove)),

@@ -137,7 +137,13 @@ mod tests {
             node: None,
             address: None,
             desired: Desired::Run,
-            observed: Observed { phase: Phase::Running, seq: 0, start_id: None, exit: None, since: Timestamp(0) },
+            observed: Observed {
+                phase: Phase::Running,
+                seq: 0,
+                start_id: None,
+                exit: None,
+                since: Timestamp(0),
+            },
             created_at: Timestamp(0),
             version: 1,
         }

@@ -136,7 +136,10 @@ mod tests {
         assert_eq!(ended(RestartPolicy::No, Exit::Code(0)), Some(Phase::Completed));
         assert_eq!(ended(RestartPolicy::No, Exit::Code(1)), Some(Phase::Stopped));
         assert_eq!(ended(RestartPolicy::OnFailure { attempts_max: None }, Exit::Code(1)), None);
-        assert_eq!(ended(RestartPolicy::OnFailure { attempts_max: None }, Exit::Code(0)), Some(Phase::Completed));
+        assert_eq!(
+            ended(RestartPolicy::OnFailure { attempts_max: None }, Exit::Code(0)),
+            Some(Phase::Completed)
+        );
         assert_eq!(ended(twice, Exit::Code(1)), Some(Phase::Stopped));
         assert_eq!(ended(RestartPolicy::Always, Exit::Code(0)), None);
     }

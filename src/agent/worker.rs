@@ -27,15 +27,38 @@ const SWEEP_EVERY_MS: u64 = 600_000;
 /// What happened to a container here.
 #[derive(Debug)]
 pub enum Signal {
-    Launched { instance: InstanceId, error: Option<String> },
-    Stopped { instance: InstanceId, error: Option<String> },
-    Removed { instance: InstanceId, error: Option<String> },
-    Ended { instance: InstanceId, end: ContainerEnd },
-    Verdict { instance: InstanceId, verdict: Verdict },
-    Progress { instance: InstanceId, text: String },
+    Launched {
+        instance: InstanceId,
+        error: Option<String>,
+    },
+    Stopped {
+        instance: InstanceId,
+        error: Option<String>,
+    },
+    Removed {
+        instance: InstanceId,
+        error: Option<String>,
+    },
+    Ended {
+        instance: InstanceId,
+        end: ContainerEnd,
+    },
+    Verdict {
+        instance: InstanceId,
+        verdict: Verdict,
+    },
+    Progress {
+        instance: InstanceId,
+        text: String,
+    },
     /// An artifact was brought here, or could not be.
-    Kept { digest: Digest, is_here: bool },
-    VolumesDeleted { volumes: Vec<(AppName, String)> },
+    Kept {
+        digest: Digest,
+        is_here: bool,
+    },
+    VolumesDeleted {
+        volumes: Vec<(AppName, String)>,
+    },
     /// A leader has confirmed the state of this node.
     CaughtUp,
 }
@@ -470,7 +493,8 @@ impl Worker {
     fn watch_health(&mut self, state: &State) {
         let running: Vec<InstanceId> = {
             let locals = self.shared.locals();
-            let runs = |(_, local): &(&InstanceId, &Local)| local.presence == Presence::Running && !local.is_busy;
+            let runs =
+                |(_, local): &(&InstanceId, &Local)| local.presence == Presence::Running && !local.is_busy;
             locals.iter().filter(runs).map(|(id, _)| *id).collect()
         };
         self.probes.retain(|id, _| running.contains(id));
@@ -513,12 +537,19 @@ impl Worker {
     }
 
     fn delete_volumes(&mut self, state: &State) {
-        let mine = |volume: &&crate::state::Volume| volume.is_removed && volume.node == Some(self.config.node);
-        let volumes: Vec<(AppName, String)> =
-            state.volumes.rows().filter(mine).map(|volume| (volume.app.clone(), volume.name.clone())).collect();
+        let mine =
+            |volume: &&crate::state::Volume| volume.is_removed && volume.node == Some(self.config.node);
+        let volumes: Vec<(AppName, String)> = state
+            .volumes
+            .rows()
+            .filter(mine)
+            .map(|volume| (volume.app.clone(), volume.name.clone()))
+            .collect();
         self.reporter.volumes_deleted.retain(|volume| volumes.contains(volume));
         let in_use = |app: &AppName| {
-            state.instances_on(self.config.node).any(|row| state.services.find(&row.service).is_some_and(|s| &s.app == app))
+            state
+                .instances_on(self.config.node)
+                .any(|row| state.services.find(&row.service).is_some_and(|s| &s.app == app))
         };
         let due: Vec<(AppName, String)> = volumes
             .into_iter()
@@ -660,12 +691,9 @@ fn is_keeper(state: &State, artifact: &Artifact, own: NodeId) -> bool {
 }
 
 /// Ports of the instances that serve here, in a fixed order.
-fn published_ports(
-    state: &State,
-    node: NodeId,
-    serves: impl Fn(&InstanceId) -> bool,
-) -> Vec<PublishedPort> {
-    let mut ports: BTreeMap<(Protocol, u16, Option<std::net::Ipv4Addr>), Vec<(std::net::Ipv4Addr, u16)>> = BTreeMap::new();
+fn published_ports(state: &State, node: NodeId, serves: impl Fn(&InstanceId) -> bool) -> Vec<PublishedPort> {
+    let mut ports: BTreeMap<(Protocol, u16, Option<std::net::Ipv4Addr>), Vec<(std::net::Ipv4Addr, u16)>> =
+        BTreeMap::new();
     for instance in state.instances_on(node).filter(|row| row.desired == Desired::Run && serves(&row.id)) {
         let Some(service) = state.services.find(&instance.service) else { continue };
         let Some(address) = instance.address else { continue };
@@ -678,7 +706,12 @@ fn published_ports(
     }
     ports
         .into_iter()
-        .map(|((protocol, port, host_address), endpoints)| PublishedPort { protocol, port, host_address, endpoints })
+        .map(|((protocol, port, host_address), endpoints)| PublishedPort {
+            protocol,
+            port,
+            host_address,
+            endpoints,
+        })
         .collect()
 }
 
@@ -690,7 +723,12 @@ fn sweep_files(ground: &Ground, state: &State) {
             let previous = service.previous.iter().flat_map(|previous| {
                 previous.spec.content_digests().into_iter().chain(previous.spec.image.digest.as_ref())
             });
-            service.spec.content_digests().into_iter().chain(service.spec.image.digest.as_ref()).chain(previous)
+            service
+                .spec
+                .content_digests()
+                .into_iter()
+                .chain(service.spec.image.digest.as_ref())
+                .chain(previous)
         })
         .collect();
     ground.artifacts.sweep_content(|hex| in_use.iter().any(|digest| digest.hex() == hex));
@@ -702,7 +740,12 @@ fn sweep_files(ground: &Ground, state: &State) {
         .collect();
     match ground.runtime.collect_garbage(&keep) {
         Ok(collected) if collected.images + collected.blobs + collected.layers > 0 => {
-            info!(images = collected.images, blobs = collected.blobs, layers = collected.layers, "unused images removed");
+            info!(
+                images = collected.images,
+                blobs = collected.blobs,
+                layers = collected.layers,
+                "unused images removed"
+            );
         }
         Ok(_) => {}
         Err(error) => warn!(%error, "remove unused images"),

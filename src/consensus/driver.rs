@@ -5,8 +5,8 @@
 
 use super::log::LogCache;
 use super::{Batch, ConfChangeV2, ConfState, Entry, HardState, Message, MessageType, SnapshotImage, Stored};
-use crate::model::limits::{ENTRY_BYTES_MAX, LOG_BYTES_MAX, LOG_ENTRIES_MAX};
 use crate::model::NodeId;
+use crate::model::limits::{ENTRY_BYTES_MAX, LOG_BYTES_MAX, LOG_ENTRIES_MAX};
 use raft::{Config, RawNode, Ready, StateRole};
 use std::collections::VecDeque;
 
@@ -136,7 +136,9 @@ impl Driver {
     }
 
     pub fn propose_conf_change(&mut self, change: ConfChangeV2) -> bool {
-        self.installing.is_none() && self.is_leader() && self.node.propose_conf_change(Vec::new(), change).is_ok()
+        self.installing.is_none()
+            && self.is_leader()
+            && self.node.propose_conf_change(Vec::new(), change).is_ok()
     }
 
     /// Asks for the index a linearizable read needs. Silently lost without a leader: retry with another context.
@@ -195,17 +197,24 @@ impl Driver {
         let at_once = ready.take_messages();
         let after_write = ready.take_persisted_messages();
         effects.committed.extend(ready.take_committed_entries());
-        effects.reads.extend(ready.take_read_states().into_iter().map(|read| ReadReady {
-            context: read.request_ctx,
-            index: read.index,
-        }));
+        effects.reads.extend(
+            ready
+                .take_read_states()
+                .into_iter()
+                .map(|read| ReadReady { context: read.request_ctx, index: read.index }),
+        );
         let batch = self.batch_of(&mut ready);
-        let term = batch.as_ref().and_then(|batch| batch.hard_state.as_ref()).map(|hard_state| hard_state.term);
+        let term =
+            batch.as_ref().and_then(|batch| batch.hard_state.as_ref()).map(|hard_state| hard_state.term);
         let mut held = Vec::new();
         // A sole voter elects itself without a round trip: what it would say of a term that is not on disk yet
         // could be un-happened by a crash.
         let term_is_durable = self.durable_term == self.node.raft.term;
-        if term_is_durable { effects.messages.extend(at_once) } else { held.extend(at_once) }
+        if term_is_durable {
+            effects.messages.extend(at_once)
+        } else {
+            held.extend(at_once)
+        }
         held.extend(after_write);
         let is_written = batch.is_some();
         let is_idle = self.in_flight.is_empty();

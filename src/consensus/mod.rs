@@ -17,6 +17,6 @@ mod tests;
 pub use batch::{Batch, LogStore, SnapshotImage, Stored};
 pub use driver::{Driver, DriverConfig, Effects, ReadReady};
 pub use raft::eraftpb::{
-    ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, ConfState, Entry, EntryType, HardState,
-    Message, MessageType,
+    ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, ConfState, Entry, EntryType,
+    HardState, Message, MessageType,
 };

@@ -159,7 +159,8 @@ fn a_follower_acknowledges_nothing_that_is_not_on_disk() {
     let leader = leader_of(&mut benches);
     assert!(leader.driver.propose(vec![1]));
     leader.pump();
-    let append = leader.sent.iter().find(|message| message.msg_type == MessageType::MsgAppend).unwrap().clone();
+    let append =
+        leader.sent.iter().find(|message| message.msg_type == MessageType::MsgAppend).unwrap().clone();
     let follower = &mut benches[append.to as usize - 1];
     follower.driver.step(append);
     follower.pump();

@@ -78,9 +78,10 @@ impl Liveness {
 
     pub fn hear(&mut self, from: NodeId, alive: Alive, now: Mono) {
         // A datagram that was overtaken says nothing new.
-        let is_old = self.heard.get(&from).is_some_and(|last| {
-            last.alive.start_id == alive.start_id && last.alive.seq >= alive.seq
-        });
+        let is_old = self
+            .heard
+            .get(&from)
+            .is_some_and(|last| last.alive.start_id == alive.start_id && last.alive.seq >= alive.seq);
         if from != self.own && !is_old {
             self.heard.insert(from, LastHeard { at: now, alive });
         }

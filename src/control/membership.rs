@@ -109,7 +109,8 @@ impl Membership {
             !node.has_cluster_key && !node.is_leaving && view.liveness.is_steady(node.id, view.now)
         });
         for node in candidates.take(missing) {
-            let is_due = self.offered.get(&node.id).is_none_or(|at| view.now.since_ms(*at) >= OFFER_KEY_EVERY_MS);
+            let is_due =
+                self.offered.get(&node.id).is_none_or(|at| view.now.since_ms(*at) >= OFFER_KEY_EVERY_MS);
             if is_due {
                 self.offered.insert(node.id, view.now);
                 wishes.push(Wish::OfferKey(node.id));
@@ -118,14 +119,20 @@ impl Membership {
     }
 
     /// The voters there should be, from those there are: as few changes as possible.
-    fn target(&self, view: &View<'_>, voters: &BTreeSet<NodeId>, learners: &BTreeSet<NodeId>) -> BTreeSet<NodeId> {
+    fn target(
+        &self,
+        view: &View<'_>,
+        voters: &BTreeSet<NodeId>,
+        learners: &BTreeSet<NodeId>,
+    ) -> BTreeSet<NodeId> {
         let members: Vec<&Node> = view.state.nodes.rows().filter(|node| !node.is_leaving).collect();
         let wanted = voter_count(members.len());
         let is_lost = |node: &Node| {
             let down_for_ms = node.losses.last().map_or(0, |at| view.cluster_time.since_ms(*at));
             node.condition == Condition::Down && down_for_ms >= REPLACE_VOTER_AFTER_MS
         };
-        let mut keep: Vec<NodeId> = members.iter().map(|node| node.id).filter(|id| voters.contains(id)).collect();
+        let mut keep: Vec<NodeId> =
+            members.iter().map(|node| node.id).filter(|id| voters.contains(id)).collect();
         let candidates: Vec<NodeId> = members
             .iter()
             .filter(|node| learners.contains(&node.id) && self.is_candidate(view, node))
@@ -170,7 +177,13 @@ impl Membership {
             && !view.liveness.has_slow_disk(node.id)
     }
 
-    fn hand_over(&mut self, view: &View<'_>, target: &BTreeSet<NodeId>, voters: &BTreeSet<NodeId>, wishes: &mut Vec<Wish>) {
+    fn hand_over(
+        &mut self,
+        view: &View<'_>,
+        target: &BTreeSet<NodeId>,
+        voters: &BTreeSet<NodeId>,
+        wishes: &mut Vec<Wish>,
+    ) {
         let heir = target.iter().find(|id| voters.contains(id) && view.liveness.is_steady(**id, view.now));
         match heir {
             Some(heir) => {
@@ -207,8 +220,11 @@ impl Membership {
             changes.push(single(ConfChangeType::AddNode, *id));
         }
         for id in voters.difference(target) {
-            let kind =
-                if registered.contains(id) { ConfChangeType::AddLearnerNode } else { ConfChangeType::RemoveNode };
+            let kind = if registered.contains(id) {
+                ConfChangeType::AddLearnerNode
+            } else {
+                ConfChangeType::RemoveNode
+            };
             changes.push(single(kind, *id));
         }
         if !changes.is_empty() {

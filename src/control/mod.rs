@@ -18,7 +18,9 @@ mod tests;
 pub use liveness::{Alive, Figures};
 pub use requests::Undone;
 
-use crate::consensus::{Batch, ConfState, Driver, DriverConfig, Effects, Entry, EntryType, Message, MessageType, Stored};
+use crate::consensus::{
+    Batch, ConfState, Driver, DriverConfig, Effects, Entry, EntryType, Message, MessageType, Stored,
+};
 use crate::model::limits::UNWRITTEN_CHANGES_BYTES_MAX;
 use crate::model::{Mono, NodeId, StartId, Timestamp};
 use crate::planner;
@@ -55,43 +57,92 @@ pub type Waiter = u64;
 #[derive(Debug)]
 pub enum Input {
     /// Each `tick_ms`.
-    Tick { figures: Figures },
-    Message { from: NodeId, message: Message },
+    Tick {
+        figures: Figures,
+    },
+    Message {
+        from: NodeId,
+        message: Message,
+    },
     /// A snapshot's rows have arrived and their hash holds.
-    SnapshotStaged { message: Message, frames: Vec<Vec<u8>> },
-    SnapshotSent { to: NodeId, is_received: bool },
+    SnapshotStaged {
+        message: Message,
+        frames: Vec<Vec<u8>>,
+    },
+    SnapshotSent {
+        to: NodeId,
+        is_received: bool,
+    },
     /// Batch `number` and all before it are on disk.
-    Persisted { number: u64 },
-    Alive { from: NodeId, alive: Alive },
-    Unreachable { peer: NodeId },
+    Persisted {
+        number: u64,
+    },
+    Alive {
+        from: NodeId,
+        alive: Alive,
+    },
+    Unreachable {
+        peer: NodeId,
+    },
     /// A user's wish. Only a leader takes it.
-    Write { waiter: Waiter, request: Option<RequestMark>, command: Box<Command> },
+    Write {
+        waiter: Waiter,
+        request: Option<RequestMark>,
+        command: Box<Command>,
+    },
     /// Asks to be told when `state()` is as new as any outcome given before.
-    Read { waiter: Waiter },
+    Read {
+        waiter: Waiter,
+    },
     /// What this node's agent says: proposed here or forwarded to the leader; repeated by the agent until seen.
-    Report { command: Box<Command> },
+    Report {
+        command: Box<Command>,
+    },
     /// The same from a peer's agent.
-    Forwarded { from: NodeId, command: Box<Command> },
+    Forwarded {
+        from: NodeId,
+        command: Box<Command>,
+    },
     /// Writes what waits, before a clean stop.
     Flush,
 }
 
 #[derive(Debug)]
 pub enum Output {
-    Send { to: NodeId, message: Message },
-    SendSnapshot { to: NodeId, message: Message, frames: Arc<Vec<Vec<u8>>> },
-    Forward { to: NodeId, command: Box<Command> },
+    Send {
+        to: NodeId,
+        message: Message,
+    },
+    SendSnapshot {
+        to: NodeId,
+        message: Message,
+        frames: Arc<Vec<Vec<u8>>>,
+    },
+    Forward {
+        to: NodeId,
+        command: Box<Command>,
+    },
     Persist(Batch),
     /// To every other member, as a datagram.
     Broadcast(Alive),
-    Done { waiter: Waiter, result: Result<Applied, Undone> },
-    ReadReady { waiter: Waiter, result: Result<u64, Undone> },
+    Done {
+        waiter: Waiter,
+        result: Result<Applied, Undone>,
+    },
+    ReadReady {
+        waiter: Waiter,
+        result: Result<u64, Undone>,
+    },
     /// The cluster key must be brought to this node before it may vote.
-    OfferKey { to: NodeId },
+    OfferKey {
+        to: NodeId,
+    },
     /// `state()` differs from before.
     Changed,
     /// This node must stop: what it holds can't be trusted to go on with.
-    Halt { why: String },
+    Halt {
+        why: String,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -227,7 +278,9 @@ impl Control {
                     self.driver.propose_conf_change(change);
                 }
                 membership::Wish::Transfer(to) => self.driver.transfer_leader(to),
-                membership::Wish::Forget(node) => self.propose_unless_known(now, Command::ForgetNode { node }),
+                membership::Wish::Forget(node) => {
+                    self.propose_unless_known(now, Command::ForgetNode { node })
+                }
                 membership::Wish::OfferKey(to) => out.push(Output::OfferKey { to }),
             }
         }
@@ -310,7 +363,12 @@ impl Control {
         self.propose_at(stamp, request, command)
     }
 
-    fn propose_at(&mut self, stamp: Timestamp, request: Option<RequestMark>, command: Command) -> Option<u64> {
+    fn propose_at(
+        &mut self,
+        stamp: Timestamp,
+        request: Option<RequestMark>,
+        command: Command,
+    ) -> Option<u64> {
         let counter = self.requests.next_counter();
         let origin = Origin { node: self.config.node, start_id: self.config.start_id, counter };
         let envelope = Envelope { stamp, origin, request, command };
@@ -392,7 +450,9 @@ impl Control {
         if entry.get_entry_type() != EntryType::EntryNormal {
             match self.driver.apply_conf_change(&entry) {
                 Ok(conf_state) => self.changed_conf = Some(conf_state),
-                Err(error) => return out.push(Output::Halt { why: format!("apply a configuration: {error}") }),
+                Err(error) => {
+                    return out.push(Output::Halt { why: format!("apply a configuration: {error}") });
+                }
             }
         } else if !entry.data.is_empty() {
             let envelope = match Envelope::decode(&entry.data) {
@@ -414,7 +474,8 @@ impl Control {
             }
             self.plan.is_due = true;
         }
-        let is_own = envelope.origin.node == self.config.node && envelope.origin.start_id == self.config.start_id;
+        let is_own =
+            envelope.origin.node == self.config.node && envelope.origin.start_id == self.config.start_id;
         if is_own {
             let counter = envelope.origin.counter;
             if self.plan.in_flight.is_some_and(|(planned, _)| planned == counter) {

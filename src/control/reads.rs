@@ -31,11 +31,19 @@ struct Asked {
 
 impl Reads {
     pub fn new(own: NodeId, start_id: StartId) -> Reads {
-        Reads { own, start_id, counter: 0, unasked: Vec::new(), asked: BTreeMap::new(), confirmed: Vec::new() }
+        Reads {
+            own,
+            start_id,
+            counter: 0,
+            unasked: Vec::new(),
+            asked: BTreeMap::new(),
+            confirmed: Vec::new(),
+        }
     }
 
     pub fn add(&mut self, waiter: Waiter, now: Mono, driver: &mut Driver, out: &mut Vec<Output>) {
-        let waiting = self.unasked.len() + self.asked.values().map(|asked| asked.waiters.len()).sum::<usize>();
+        let waiting =
+            self.unasked.len() + self.asked.values().map(|asked| asked.waiters.len()).sum::<usize>();
         if waiting >= PENDING_REQUESTS_MAX {
             return out.push(Output::ReadReady { waiter, result: Err(Undone::Busy) });
         }

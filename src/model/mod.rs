@@ -19,7 +19,8 @@ pub use instance::{Desired, Exit, Instance, Observed, Phase};
 pub use node::{Architecture, Condition, Node, NodeSize};
 pub use settings::Settings;
 pub use spec::{
-    AppSpec, Constraint, ConstraintSubject, DependencyCondition, HealthSpec, HealthTest, ImageSpec, MountSource,
-    MountSpec, PlacementSpec, PortSpec, Protocol, ResourceSpec, RestartPolicy, ServiceSpec, VolumeSpec,
+    AppSpec, Constraint, ConstraintSubject, DependencyCondition, HealthSpec, HealthTest, ImageSpec,
+    MountSource, MountSpec, PlacementSpec, PortSpec, Protocol, ResourceSpec, RestartPolicy, ServiceSpec,
+    VolumeSpec,
 };
 pub use time::{Mono, Timestamp};

@@ -62,7 +62,8 @@ fn plan_slot(
     now: Timestamp,
     steps: &mut Vec<PlanStep>,
 ) -> bool {
-    let live: Vec<&&Instance> = instances.iter().filter(|instance| instance.desired == Desired::Run).collect();
+    let live: Vec<&&Instance> =
+        instances.iter().filter(|instance| instance.desired == Desired::Run).collect();
     if live.is_empty() {
         // Stop-first: the old one must be gone before its data or port serve the new one.
         if instances.is_empty() || !service.spec.is_stop_first() {
@@ -75,9 +76,9 @@ fn plan_slot(
         if let Some(verdict) = dead(state, service, instance, now) {
             is_stable = false;
             if verdict == Dead::Replace {
-                let has_other = live.iter().any(|other| {
-                    other.id != instance.id && dead(state, service, other, now).is_none()
-                });
+                let has_other = live
+                    .iter()
+                    .any(|other| other.id != instance.id && dead(state, service, other, now).is_none());
                 remove(instance, steps);
                 if !has_other {
                     steps.push(create(service, slot, instance.spec_version));

@@ -108,19 +108,19 @@ impl<'a> Ledger<'a> {
 
     pub fn choose(&self, service: &Service, instance: &Instance) -> Option<&'a Node> {
         let spread = &service.spec.placement.spread_over;
-        self.state
-            .nodes
-            .rows()
-            .filter(|node| self.obstacle(node, service, instance).is_none())
-            .min_by_key(|node| {
+        self.state.nodes.rows().filter(|node| self.obstacle(node, service, instance).is_none()).min_by_key(
+            |node| {
                 let promise = self.promised.get(&node.id);
-                let same = promise.and_then(|promise| promise.per_service.get(&service.id)).copied().unwrap_or(0);
-                let same_label: Vec<u32> = spread.iter().map(|key| self.count_by_label(service, key, node)).collect();
+                let same =
+                    promise.and_then(|promise| promise.per_service.get(&service.id)).copied().unwrap_or(0);
+                let same_label: Vec<u32> =
+                    spread.iter().map(|key| self.count_by_label(service, key, node)).collect();
                 let reserved = promise.map_or(0, |promise| promise.memory_bytes);
                 // Thousandths of the node's memory, so that boards of different size fill alike.
                 let filled = reserved.saturating_mul(1000) / node.size.memory_bytes.max(1);
                 (same_label, same, filled, node.id)
-            })
+            },
+        )
     }
 
     fn count_by_label(&self, service: &Service, key: &str, node: &Node) -> u32 {
@@ -144,7 +144,9 @@ impl<'a> Ledger<'a> {
         if let Some(wanted) = self.foreign_architecture(node, spec) {
             return Some(Obstacle::Architecture(wanted));
         }
-        if let Some(constraint) = spec.placement.constraints.iter().find(|constraint| !holds(node, constraint)) {
+        if let Some(constraint) =
+            spec.placement.constraints.iter().find(|constraint| !holds(node, constraint))
+        {
             return Some(Obstacle::Constraint(constraint.to_string()));
         }
         if let Some(holder) = self.data_node(service).filter(|holder| *holder != node.id) {
@@ -175,16 +177,20 @@ impl<'a> Ledger<'a> {
         let artifact = self.state.artifacts.find(spec.image.digest.as_ref()?)?;
         let own = node.architecture.oci_name();
         let fits = artifact.platforms.is_empty()
-            || artifact.platforms.keys().any(|name| name == own || name.strip_prefix(own).is_some_and(|rest| rest.starts_with('/')));
+            || artifact
+                .platforms
+                .keys()
+                .any(|name| name == own || name.strip_prefix(own).is_some_and(|rest| rest.starts_with('/')));
         let names: Vec<&str> = artifact.platforms.keys().map(String::as_str).collect();
         (!fits).then(|| names.join(", "))
     }
 
     fn data_node(&self, service: &Service) -> Option<NodeId> {
         self.state.data_node(service).or_else(|| {
-            service.spec.volume_names().find_map(|name| {
-                self.data_nodes.get(&(service.app.clone(), name.to_string())).copied()
-            })
+            service
+                .spec
+                .volume_names()
+                .find_map(|name| self.data_nodes.get(&(service.app.clone(), name.to_string())).copied())
         })
     }
 
@@ -209,7 +215,8 @@ impl<'a> Ledger<'a> {
             return Some(Obstacle::Memory { missing_bytes: memory_wanted - node.size.memory_bytes });
         }
         // Only what was heard counts; a node not heard yet is judged by its reservations.
-        let available = self.heard.get(&node.id).map(|heard| heard.memory_available_bytes).filter(|bytes| *bytes > 0);
+        let available =
+            self.heard.get(&node.id).map(|heard| heard.memory_available_bytes).filter(|bytes| *bytes > 0);
         let wanted_now = promise.unstarted_bytes + memory_bytes;
         available
             .filter(|available| wanted_now > *available)

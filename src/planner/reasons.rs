@@ -23,7 +23,12 @@ pub fn waits_for(state: &State, service: &Service) -> Option<String> {
 }
 
 /// `2 nodes lack 64 MiB; pi3 is drained`. `None` for an instance that has a node or will get one with the next plan.
-pub fn pending_reason(state: &State, heard: &HeardNodes, instance: &Instance, now: Timestamp) -> Option<String> {
+pub fn pending_reason(
+    state: &State,
+    heard: &HeardNodes,
+    instance: &Instance,
+    now: Timestamp,
+) -> Option<String> {
     if instance.node.is_some() || instance.desired != Desired::Run {
         return None;
     }
@@ -83,10 +88,16 @@ fn sentence(state: &State, group: &[(&Node, Obstacle)]) -> String {
             format!("{} {}.{:02} CPU", verb("lacks", "lack"), millis / 1000, millis % 1000 / 10)
         }
         Obstacle::PortTaken(port) => format!("{} port {port} taken", verb("has", "have")),
-        Obstacle::CountPerNode(max) => format!("{} {max} of it already, the most per node", verb("has", "have")),
-        Obstacle::DataElsewhere(holder) => format!("{} not have its data, which is on {}", verb("does", "do"), state.node_name(*holder)),
+        Obstacle::CountPerNode(max) => {
+            format!("{} {max} of it already, the most per node", verb("has", "have"))
+        }
+        Obstacle::DataElsewhere(holder) => {
+            format!("{} not have its data, which is on {}", verb("does", "do"), state.node_name(*holder))
+        }
         Obstacle::Constraint(text) => format!("{} not satisfy {text}", verb("does", "do")),
-        Obstacle::Architecture(wanted) => format!("{} of an architecture the image lacks (it has {wanted})", verb("is", "are")),
+        Obstacle::Architecture(wanted) => {
+            format!("{} of an architecture the image lacks (it has {wanted})", verb("is", "are"))
+        }
         Obstacle::Drained => format!("{} drained", verb("is", "are")),
         Obstacle::Down => format!("{} down", verb("is", "are")),
         Obstacle::Unsteady => format!("{} lost three times in ten minutes and rests", verb("was", "were")),

@@ -147,7 +147,8 @@ fn a_failed_update_stops_and_the_old_instances_keep_serving() {
 fn what_cannot_be_placed_says_why_with_numbers() {
     let mut applier = Applier::with_nodes(3);
     applier.must(Command::DrainNode { node: NodeId(3), is_drained: true });
-    let resources = ResourceSpec { reserved_memory_bytes: Some((1 << 30) + (64 << 20)), ..Default::default() };
+    let resources =
+        ResourceSpec { reserved_memory_bytes: Some((1 << 30) + (64 << 20)), ..Default::default() };
     applier.deploy("shop", &[("web", ServiceSpec { resources, ..spec("1") })]);
     settle(&mut applier, Phase::Running);
     let row = applier.state.instances.rows().next().unwrap();

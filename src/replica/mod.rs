@@ -24,9 +24,17 @@ const INBOX_MAX: usize = 4096;
 
 pub(crate) enum Mail {
     Input(Input),
-    Write { request: Option<RequestMark>, command: Box<Command>, reply: Reply<Result<Applied, Undone>> },
-    Read { reply: Reply<Result<u64, Undone>> },
-    Status { reply: Reply<Status> },
+    Write {
+        request: Option<RequestMark>,
+        command: Box<Command>,
+        reply: Reply<Result<Applied, Undone>>,
+    },
+    Read {
+        reply: Reply<Result<u64, Undone>>,
+    },
+    Status {
+        reply: Reply<Status>,
+    },
     /// Writes what waits and ends.
     Stop,
 }

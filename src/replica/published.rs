@@ -37,7 +37,8 @@ impl Published {
             Snapshot { state: Arc::new(state), applied };
         let mut watchers = self.watchers.lock().unwrap_or_else(PoisonError::into_inner);
         // A full channel holds a wake-up already; a closed one has nobody behind it.
-        watchers.retain(|watcher| !matches!(watcher.try_send(()), Err(async_channel::TrySendError::Closed(()))));
+        watchers
+            .retain(|watcher| !matches!(watcher.try_send(()), Err(async_channel::TrySendError::Closed(()))));
     }
 
     pub fn watch(&self) -> Watch {

@@ -16,13 +16,27 @@ use std::time::{Duration, Instant};
 
 /// What leaves the node, or must be done for the control plane outside of it.
 pub enum Outgoing {
-    Message { to: NodeId, message: Message },
-    Snapshot { to: NodeId, message: Message, frames: Arc<Vec<Vec<u8>>> },
-    Forward { to: NodeId, command: Box<Command> },
+    Message {
+        to: NodeId,
+        message: Message,
+    },
+    Snapshot {
+        to: NodeId,
+        message: Message,
+        frames: Arc<Vec<Vec<u8>>>,
+    },
+    Forward {
+        to: NodeId,
+        command: Box<Command>,
+    },
     Broadcast(Alive),
-    OfferKey { to: NodeId },
+    OfferKey {
+        to: NodeId,
+    },
     /// The node must stop: its disk failed or its state can't be trusted.
-    Halt { why: String },
+    Halt {
+        why: String,
+    },
 }
 
 pub struct ReplicaConfig {
@@ -88,10 +102,22 @@ impl Replica {
                 match Control::new(control_config, clock.now(), stored) {
                     Ok(control) => {
                         let waiters = Waiters::default();
-                        let worker = Worker { control, clock, figures, watch, mails, batches, outgoing, published, waiters };
+                        let worker = Worker {
+                            control,
+                            clock,
+                            figures,
+                            watch,
+                            mails,
+                            batches,
+                            outgoing,
+                            published,
+                            waiters,
+                        };
                         worker.run();
                     }
-                    Err(error) => outgoing(Outgoing::Halt { why: format!("start the control plane: {error}") }),
+                    Err(error) => {
+                        outgoing(Outgoing::Halt { why: format!("start the control plane: {error}") })
+                    }
                 }
             })
             .map_err(ReplicaError::Thread)?;

@@ -26,7 +26,11 @@ pub enum WireError {
     #[error("a frame of format {0}; this tinydc knows {FRAME_FORMAT}")]
     UnknownFormat(u8),
     #[error("decode a frame of {bytes} bytes")]
-    Decode { bytes: usize, #[source] source: postcard::Error },
+    Decode {
+        bytes: usize,
+        #[source]
+        source: postcard::Error,
+    },
 }
 
 fn encode<T: Serialize>(value: &T) -> Vec<u8> {
@@ -81,7 +85,14 @@ mod tests {
 
     #[test]
     fn a_heartbeat_is_small() {
-        let message = Message { msg_type: crate::consensus::MessageType::MsgHeartbeat, to: 2, from: 1, term: 5, commit: 1000, ..Message::default() };
+        let message = Message {
+            msg_type: crate::consensus::MessageType::MsgHeartbeat,
+            to: 2,
+            from: 1,
+            term: 5,
+            commit: 1000,
+            ..Message::default()
+        };
         assert!(PeerFrame::Raft(message).encode().len() <= 24);
     }
 }

@@ -44,7 +44,12 @@ impl State {
             Command::RemoveNode { node, is_forced } => members::remove(self, *node, *is_forced),
             Command::ForgetNode { node } => members::forget(self, *node),
             Command::NodeStarted { node, start_id, architecture, size, software } => {
-                let start = members::Start { node: *node, start_id: *start_id, architecture: *architecture, size: *size };
+                let start = members::Start {
+                    node: *node,
+                    start_id: *start_id,
+                    architecture: *architecture,
+                    size: *size,
+                };
                 members::started(self, start, software)
             }
             Command::NodeStopping { node, start_id } => members::stopping(self, *node, *start_id),
@@ -109,7 +114,8 @@ impl State {
         loop {
             let first = self.outcome_order.iter().next().map(|(index, id)| (*index, *id));
             let Some((oldest, id)) = first else { break };
-            let is_old = self.outcomes.find(&id).is_none_or(|stored| now.since_ms(stored.at) > OUTCOME_AGE_MS_MAX);
+            let is_old =
+                self.outcomes.find(&id).is_none_or(|stored| now.since_ms(stored.at) > OUTCOME_AGE_MS_MAX);
             if !is_old && self.outcomes.len() <= OUTCOMES_MAX {
                 break;
             }

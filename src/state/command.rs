@@ -63,33 +63,106 @@ impl Envelope {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Command {
     /// The first entry of a cluster: what it is, and its first node.
-    Found { cluster: Box<Cluster>, node: Box<JoinNode> },
-    JoinNode { token: TokenId, secret_hash: [u8; 32], node: Box<JoinNode>, replace: Option<String> },
-    RemoveNode { node: NodeId, is_forced: bool },
+    Found {
+        cluster: Box<Cluster>,
+        node: Box<JoinNode>,
+    },
+    JoinNode {
+        token: TokenId,
+        secret_hash: [u8; 32],
+        node: Box<JoinNode>,
+        replace: Option<String>,
+    },
+    RemoveNode {
+        node: NodeId,
+        is_forced: bool,
+    },
     /// A daemon's first word after its start.
-    NodeStarted { node: NodeId, start_id: StartId, architecture: Architecture, size: NodeSize, software: String },
+    NodeStarted {
+        node: NodeId,
+        start_id: StartId,
+        architecture: Architecture,
+        size: NodeSize,
+        software: String,
+    },
     /// A daemon's last word before a clean stop.
-    NodeStopping { node: NodeId, start_id: StartId },
-    MarkNodeDown { node: NodeId, start_id: Option<StartId> },
-    MarkNodeUp { node: NodeId, start_id: StartId },
+    NodeStopping {
+        node: NodeId,
+        start_id: StartId,
+    },
+    MarkNodeDown {
+        node: NodeId,
+        start_id: Option<StartId>,
+    },
+    MarkNodeUp {
+        node: NodeId,
+        start_id: StartId,
+    },
     /// The cluster key is on this node's disk (or, `false`, has been deleted there).
-    ConfirmKey { node: NodeId, has_key: bool },
-    DrainNode { node: NodeId, is_drained: bool },
-    LabelNode { node: NodeId, set: BTreeMap<String, String>, remove: Vec<String> },
-    CreateToken { secret_hash: [u8; 32], kind: TokenKind, expires_at: Timestamp },
-    RemoveToken { token: TokenId },
-    EnrolUser { token: TokenId, secret_hash: [u8; 32], public_key: PublicKey, expires_at: Timestamp },
-    RemoveUser { name: String },
-    ChangeSetting { key: String, value: String },
-    DeployApp { spec: Box<AppSpec>, artifacts: Vec<Artifact> },
-    RemoveApp { app: AppName, with_volumes: bool },
-    ScaleServices { app: AppName, replicas: BTreeMap<String, u32> },
-    RegisterArtifact { artifact: Box<Artifact> },
-    RemoveArtifact { digest: Digest },
-    Plan { steps: Vec<PlanStep> },
-    Report { node: NodeId, start_id: StartId, report: NodeReport },
+    ConfirmKey {
+        node: NodeId,
+        has_key: bool,
+    },
+    DrainNode {
+        node: NodeId,
+        is_drained: bool,
+    },
+    LabelNode {
+        node: NodeId,
+        set: BTreeMap<String, String>,
+        remove: Vec<String>,
+    },
+    CreateToken {
+        secret_hash: [u8; 32],
+        kind: TokenKind,
+        expires_at: Timestamp,
+    },
+    RemoveToken {
+        token: TokenId,
+    },
+    EnrolUser {
+        token: TokenId,
+        secret_hash: [u8; 32],
+        public_key: PublicKey,
+        expires_at: Timestamp,
+    },
+    RemoveUser {
+        name: String,
+    },
+    ChangeSetting {
+        key: String,
+        value: String,
+    },
+    DeployApp {
+        spec: Box<AppSpec>,
+        artifacts: Vec<Artifact>,
+    },
+    RemoveApp {
+        app: AppName,
+        with_volumes: bool,
+    },
+    ScaleServices {
+        app: AppName,
+        replicas: BTreeMap<String, u32>,
+    },
+    RegisterArtifact {
+        artifact: Box<Artifact>,
+    },
+    RemoveArtifact {
+        digest: Digest,
+    },
+    Plan {
+        steps: Vec<PlanStep>,
+    },
+    Report {
+        node: NodeId,
+        start_id: StartId,
+        report: NodeReport,
+    },
     /// Ends a `RemoveNode` once the node has no vote.
-    ForgetNode { node: NodeId },
+    ForgetNode {
+        node: NodeId,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -106,13 +179,38 @@ pub struct JoinNode {
 /// One thing the planner wants; void when a row it relied on has changed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum PlanStep {
-    CreateInstance { service: ServiceId, service_version: u64, slot: u32, spec_version: u64 },
-    Assign { instance: InstanceId, instance_version: u64, node: NodeId, node_version: u64 },
-    SetDesired { instance: InstanceId, instance_version: u64, desired: Desired },
+    CreateInstance {
+        service: ServiceId,
+        service_version: u64,
+        slot: u32,
+        spec_version: u64,
+    },
+    Assign {
+        instance: InstanceId,
+        instance_version: u64,
+        node: NodeId,
+        node_version: u64,
+    },
+    SetDesired {
+        instance: InstanceId,
+        instance_version: u64,
+        desired: Desired,
+    },
     /// The row goes: its node is gone for good or never had it.
-    Forget { instance: InstanceId, instance_version: u64 },
-    FinishUpdate { service: ServiceId, service_version: u64 },
-    FailUpdate { service: ServiceId, service_version: u64, slot: u32, reason: String },
+    Forget {
+        instance: InstanceId,
+        instance_version: u64,
+    },
+    FinishUpdate {
+        service: ServiceId,
+        service_version: u64,
+    },
+    FailUpdate {
+        service: ServiceId,
+        service_version: u64,
+        slot: u32,
+        reason: String,
+    },
 }
 
 /// What an agent says of its own node, coalesced.
@@ -205,7 +303,9 @@ impl Rejection {
             Rejection::Stale => "stale",
             Rejection::NotFound { .. } => "not_found",
             Rejection::UnknownOutcome => "unknown_outcome",
-            Rejection::TokenUnknown | Rejection::TokenExpired { .. } | Rejection::TokenReplayed => "token_refused",
+            Rejection::TokenUnknown | Rejection::TokenExpired { .. } | Rejection::TokenReplayed => {
+                "token_refused"
+            }
             Rejection::TokenKind { .. } => "token_refused",
             Rejection::Invalid(_) => "invalid",
             Rejection::StateFull { .. } => "too_large",

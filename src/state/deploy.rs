@@ -1,10 +1,10 @@
 //! Apps: deployed, scaled, removed; and the images and content they need.
 
+use super::State;
 use super::apply::not_found;
 use super::command::{KeptVolume, Outcome, Rejection, Reply};
 use super::rows::{App, PreviousSpec, Service, Update, Volume, VolumeKey};
-use super::State;
-use crate::model::limits::{INSTANCES_MAX, REPLICAS_MAX, SERVICES_PER_APP_MAX, SERVICE_SPEC_BYTES_MAX};
+use crate::model::limits::{INSTANCES_MAX, REPLICAS_MAX, SERVICE_SPEC_BYTES_MAX, SERVICES_PER_APP_MAX};
 use crate::model::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -41,7 +41,8 @@ pub fn deploy(state: &mut State, spec: &AppSpec, artifacts: &[Artifact]) -> Outc
     let is_new = before.is_none_or(|app| app.is_removed);
     let revision = before.map_or(0, |app| app.revision);
     if is_new || !changed.is_empty() || !removed.is_empty() {
-        let app = App { name: spec.name.clone(), deployed_at: now, revision: revision + 1, is_removed: false };
+        let app =
+            App { name: spec.name.clone(), deployed_at: now, revision: revision + 1, is_removed: false };
         state.apps.put(spec.name.clone(), app);
         let text = match (changed.as_slice(), removed.as_slice()) {
             ([], gone) => format!("{} deployed without {}", spec.name, gone.join(", ")),
@@ -60,7 +61,10 @@ pub fn deploy(state: &mut State, spec: &AppSpec, artifacts: &[Artifact]) -> Outc
 fn check_bounds(state: &State, spec: &AppSpec) -> Result<(), Rejection> {
     let invalid = |text: String| Err(Rejection::Invalid(text));
     if spec.services.is_empty() || spec.services.len() > SERVICES_PER_APP_MAX {
-        return invalid(format!("an app has 1 to {SERVICES_PER_APP_MAX} services, not {}", spec.services.len()));
+        return invalid(format!(
+            "an app has 1 to {SERVICES_PER_APP_MAX} services, not {}",
+            spec.services.len()
+        ));
     }
     for (name, service) in &spec.services {
         let bytes = postcard::to_allocvec(service).map_or(usize::MAX, |bytes| bytes.len());
@@ -68,7 +72,10 @@ fn check_bounds(state: &State, spec: &AppSpec) -> Result<(), Rejection> {
             return invalid(format!("service {name} takes {bytes} bytes; at most {SERVICE_SPEC_BYTES_MAX}"));
         }
         if service.replicas > REPLICAS_MAX {
-            return invalid(format!("service {name}: at most {REPLICAS_MAX} replicas, not {}", service.replicas));
+            return invalid(format!(
+                "service {name}: at most {REPLICAS_MAX} replicas, not {}",
+                service.replicas
+            ));
         }
         if service.image.digest.is_none() {
             return invalid(format!("service {name}: the image {} has no digest", service.image.reference));
@@ -230,8 +237,12 @@ fn remove_service(state: &mut State, id: ServiceId) {
 
 pub fn remove(state: &mut State, app: &AppName, with_volumes: bool) -> Outcome {
     let known = state.apps.find(app).is_some_and(|row| !row.is_removed);
-    let volumes: Vec<VolumeKey> =
-        state.volumes.iter().filter(|(key, volume)| &key.app == app && !volume.is_removed).map(|(key, _)| key.clone()).collect();
+    let volumes: Vec<VolumeKey> = state
+        .volumes
+        .iter()
+        .filter(|(key, volume)| &key.app == app && !volume.is_removed)
+        .map(|(key, _)| key.clone())
+        .collect();
     if !known && (!with_volumes || volumes.is_empty()) {
         return Err(not_found("app", app));
     }
@@ -337,11 +348,15 @@ fn merge_artifact(state: &mut State, artifact: &Artifact) {
         let others: Vec<Digest> = state
             .artifacts
             .iter()
-            .filter(|(digest, other)| **digest != artifact.digest && !other.names.is_disjoint(&artifact.names))
+            .filter(|(digest, other)| {
+                **digest != artifact.digest && !other.names.is_disjoint(&artifact.names)
+            })
             .map(|(digest, _)| digest.clone())
             .collect();
         for digest in others {
-            state.artifacts.update(&digest, |other| other.names.retain(|name| !artifact.names.contains(name)));
+            state
+                .artifacts
+                .update(&digest, |other| other.names.retain(|name| !artifact.names.contains(name)));
         }
     }
     let mut merged = state.artifacts.find(&artifact.digest).cloned().unwrap_or_else(|| Artifact {

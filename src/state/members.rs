@@ -1,9 +1,9 @@
 //! Nodes, tokens and users: who belongs to the cluster.
 
+use super::State;
 use super::apply::not_found;
 use super::command::{JoinNode, Outcome, Rejection, Reply};
 use super::rows::{Cluster, Meta, Role, Token, TokenKind, User};
-use super::State;
 use crate::model::limits::NODES_MAX;
 use crate::model::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -40,7 +40,9 @@ pub fn join(
     let known = state.nodes.rows().find(|member| member.public_key == node.public_key);
     let is_once = match check_token(state, token, secret_hash, Some(node.public_key))?.kind {
         TokenKind::Join { is_once } => is_once,
-        TokenKind::User { .. } => return Err(Rejection::TokenKind { expected: "a user; nodes join with a join token".into() }),
+        TokenKind::User { .. } => {
+            return Err(Rejection::TokenKind { expected: "a user; nodes join with a join token".into() });
+        }
     };
     if let Some(member) = known {
         let (node, name, certificate) = (member.id, member.name.clone(), member.certificate.clone());
@@ -49,7 +51,9 @@ pub fn join(
     if let Some(name) = replace {
         let old = state.node_by_name(name).ok_or_else(|| not_found("node", name))?;
         if old.condition == Condition::Up {
-            return Err(Rejection::NotAllowed(format!("{name} is up; only a node that is down can be replaced")));
+            return Err(Rejection::NotAllowed(format!(
+                "{name} is up; only a node that is down can be replaced"
+            )));
         }
         let old = old.id;
         forget_node(state, old);
@@ -170,8 +174,12 @@ fn forget_node(state: &mut State, id: NodeId) {
     for instance in instances {
         state.instances.remove(&instance);
     }
-    let volumes: Vec<_> =
-        state.volumes.iter().filter(|(_, volume)| volume.node == Some(id)).map(|(key, _)| key.clone()).collect();
+    let volumes: Vec<_> = state
+        .volumes
+        .iter()
+        .filter(|(_, volume)| volume.node == Some(id))
+        .map(|(key, _)| key.clone())
+        .collect();
     for key in volumes {
         state.volumes.update(&key, |volume| volume.node = None);
     }
@@ -293,9 +301,12 @@ pub fn drain(state: &mut State, id: NodeId, is_drained: bool) -> Outcome {
 
 pub fn label(state: &mut State, id: NodeId, set: &BTreeMap<String, String>, remove: &[String]) -> Outcome {
     state.existing_node(id)?;
-    let is_key = |key: &String| (1..=128).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic());
+    let is_key =
+        |key: &String| (1..=128).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic());
     if let Some(key) = set.keys().find(|key| !is_key(key)) {
-        return Err(Rejection::Invalid(format!("{key:?} is not a label: use 1 to 128 visible ASCII characters")));
+        return Err(Rejection::Invalid(format!(
+            "{key:?} is not a label: use 1 to 128 visible ASCII characters"
+        )));
     }
     if let Some((key, _)) = set.iter().find(|(_, value)| value.len() > 256) {
         return Err(Rejection::Invalid(format!("the value of label {key} is over 256 bytes")));
@@ -350,7 +361,9 @@ pub fn create_token(
         state.tokens.remove(&id);
     }
     if state.tokens.len() >= TOKENS_MAX {
-        return Err(Rejection::NotAllowed(format!("there are {TOKENS_MAX} tokens; remove some: tinydc token rm")));
+        return Err(Rejection::NotAllowed(format!(
+            "there are {TOKENS_MAX} tokens; remove some: tinydc token rm"
+        )));
     }
     if let TokenKind::User { name, .. } = kind
         && !is_label(name)
@@ -379,8 +392,11 @@ pub fn enrol(
     public_key: PublicKey,
     expires_at: Timestamp,
 ) -> Outcome {
-    let TokenKind::User { name, role } = check_token(state, token, secret_hash, Some(public_key))?.kind else {
-        return Err(Rejection::TokenKind { expected: "a node; make one for a user: tinydc token --user NAME".into() });
+    let TokenKind::User { name, role } = check_token(state, token, secret_hash, Some(public_key))?.kind
+    else {
+        return Err(Rejection::TokenKind {
+            expected: "a node; make one for a user: tinydc token --user NAME".into(),
+        });
     };
     let now = state.time();
     if !state.users.contains(&name) && state.users.len() >= USERS_MAX {

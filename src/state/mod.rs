@@ -25,13 +25,18 @@ pub mod tests;
 pub use tests as testing;
 
 pub use command::{
-    Command, Envelope, InstanceReport, JoinNode, KeptVolume, NodeReport, Origin, Outcome, PlanStep, Rejection, Reply,
-    RequestMark,
+    Command, Envelope, InstanceReport, JoinNode, KeptVolume, NodeReport, Origin, Outcome, PlanStep,
+    Rejection, Reply, RequestMark,
 };
-pub use rows::{App, Cluster, Counters, Event, Meta, Role, Service, StoredOutcome, Token, TokenKind, Update, User, Volume, VolumeKey};
+pub use rows::{
+    App, Cluster, Counters, Event, Meta, Role, Service, StoredOutcome, Token, TokenKind, Update, User,
+    Volume, VolumeKey,
+};
 pub use table::{RowChange, RowError, Table};
 
-use crate::model::{AppName, Artifact, Digest, Instance, InstanceId, Node, NodeId, RequestId, ServiceId, Settings, TokenId};
+use crate::model::{
+    AppName, Artifact, Digest, Instance, InstanceId, Node, NodeId, RequestId, ServiceId, Settings, TokenId,
+};
 
 /// Declares the state's tables once: the struct, and what is done with every table.
 macro_rules! tables {
@@ -109,7 +114,9 @@ impl State {
     }
 
     pub fn service_by_name(&self, app: &AppName, name: &str) -> Option<&Service> {
-        self.services.rows().find(|service| &service.app == app && service.name == name && !service.is_removed)
+        self.services
+            .rows()
+            .find(|service| &service.app == app && service.name == name && !service.is_removed)
     }
 
     pub fn services_of<'a>(&'a self, app: &'a AppName) -> impl Iterator<Item = &'a Service> {

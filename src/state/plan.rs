@@ -1,9 +1,9 @@
 //! What the planner decided, step by step. A step whose rows have changed since is void; the others hold.
 
+use super::State;
 use super::apply::not_found;
 use super::command::{Outcome, PlanStep, Rejection, Reply};
 use super::rows::{Service, Update, VolumeKey};
-use super::State;
 use crate::model::*;
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -145,7 +145,8 @@ fn allocate_address(state: &mut State, number: u8) -> Result<Ipv4Addr, Rejection
     let range = state.cluster().map_or(Ipv4Addr::UNSPECIFIED, |cluster| cluster.container_range);
     let [first, second, ..] = range.octets();
     let taken: BTreeSet<Ipv4Addr> = state.instances.rows().filter_map(|row| row.address).collect();
-    let next = state.meta.find(&()).and_then(|meta| meta.counters.next_host.get(&number).copied()).unwrap_or(1);
+    let next =
+        state.meta.find(&()).and_then(|meta| meta.counters.next_host.get(&number).copied()).unwrap_or(1);
     let found = (1..=253u32)
         .map(|step| ((u32::from(next) - 1 + step) % 253 + 2) as u8)
         .map(|host| Ipv4Addr::new(first, second, number, host))

@@ -1,8 +1,8 @@
 //! What an agent reports of its own node. Reports of another run of the daemon, or older ones, are void.
 
+use super::State;
 use super::command::{InstanceReport, NodeReport, Outcome, Rejection, Reply};
 use super::rows::VolumeKey;
-use super::State;
 use crate::model::*;
 
 pub fn apply(state: &mut State, node: NodeId, start_id: StartId, report: &NodeReport) -> Outcome {

@@ -87,9 +87,15 @@ pub enum Update {
     /// All instances run, or are to run, the current specification.
     #[default]
     Done,
-    Rolling { since: Timestamp },
+    Rolling {
+        since: Timestamp,
+    },
     /// A new instance failed: the update stopped, the old instances keep serving.
-    Failed { at: Timestamp, slot: u32, reason: String },
+    Failed {
+        at: Timestamp,
+        slot: u32,
+        reason: String,
+    },
 }
 
 impl Service {

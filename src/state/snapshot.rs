@@ -3,17 +3,25 @@
 //! A snapshot is frames of at most `SNAPSHOT_CHUNK_BYTES` and one row more; a row is never split. It carries rows
 //! only: no log, no vote, no term.
 
-use super::table::{RowChange, RowError};
 use super::State;
+use super::table::{RowChange, RowError};
 use crate::model::limits::SNAPSHOT_CHUNK_BYTES;
 use sha2::{Digest as _, Sha256};
 
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
     #[error("decode frame {frame} of a snapshot")]
-    Frame { frame: usize, #[source] source: postcard::Error },
+    Frame {
+        frame: usize,
+        #[source]
+        source: postcard::Error,
+    },
     #[error("load a row of frame {frame} of a snapshot")]
-    Row { frame: usize, #[source] source: RowError },
+    Row {
+        frame: usize,
+        #[source]
+        source: RowError,
+    },
 }
 
 impl State {

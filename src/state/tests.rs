@@ -136,7 +136,13 @@ pub fn deploy(app: &str, services: &[(&str, ServiceSpec)]) -> Command {
 }
 
 fn port(published: u16) -> PortSpec {
-    PortSpec { protocol: Protocol::Tcp, published: Some(published), target: 80, host_address: None, is_host_mode: false }
+    PortSpec {
+        protocol: Protocol::Tcp,
+        published: Some(published),
+        target: 80,
+        host_address: None,
+        is_host_mode: false,
+    }
 }
 
 #[test]
@@ -144,8 +150,18 @@ fn a_rejected_command_changes_nothing() {
     let mut applier = Applier::with_nodes(2);
     applier.deploy("shop", &[("web", ServiceSpec { ports: vec![port(80)], ..spec("1") })]);
     let cases = [
-        Command::JoinNode { token: TokenId(9), secret_hash: SECRET, node: Box::new(join_node(3)), replace: None },
-        Command::JoinNode { token: TokenId(1), secret_hash: [0; 32], node: Box::new(join_node(3)), replace: None },
+        Command::JoinNode {
+            token: TokenId(9),
+            secret_hash: SECRET,
+            node: Box::new(join_node(3)),
+            replace: None,
+        },
+        Command::JoinNode {
+            token: TokenId(1),
+            secret_hash: [0; 32],
+            node: Box::new(join_node(3)),
+            replace: None,
+        },
         Command::RemoveNode { node: NodeId(9), is_forced: true },
         Command::RemoveToken { token: TokenId(9) },
         deploy("blog", &[("a", spec("1")), ("web", ServiceSpec { ports: vec![port(80)], ..spec("1") })]),

@@ -25,11 +25,20 @@ const SCHEMA: &str = "
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     #[error("{step} in {path}")]
-    Sqlite { step: &'static str, path: PathBuf, #[source] source: rusqlite::Error },
+    Sqlite {
+        step: &'static str,
+        path: PathBuf,
+        #[source]
+        source: rusqlite::Error,
+    },
     #[error("{path} was written by a newer tinydc (schema {found}, this one knows {SCHEMA_VERSION})")]
     NewerSchema { path: PathBuf, found: i64 },
     #[error("{path} is damaged: the configuration can't be decoded; restore the node by joining it anew")]
-    Damaged { path: PathBuf, #[source] source: postcard::Error },
+    Damaged {
+        path: PathBuf,
+        #[source]
+        source: postcard::Error,
+    },
     #[error("{path} is damaged: entry {index} is of an unknown kind {kind}")]
     EntryKind { path: PathBuf, index: u64, kind: i64 },
 }
@@ -197,9 +206,11 @@ fn write_rows(transaction: &Transaction<'_>, changes: &[RowChange]) -> rusqlite:
 
 fn write_raft(transaction: &Transaction<'_>, batch: &Batch) -> rusqlite::Result<()> {
     if let Some(hard_state) = &batch.hard_state {
-        transaction
-            .prepare_cached("UPDATE raft SET term = ?1, vote = ?2, commit_index = ?3")?
-            .execute([hard_state.term as i64, hard_state.vote as i64, hard_state.commit as i64])?;
+        transaction.prepare_cached("UPDATE raft SET term = ?1, vote = ?2, commit_index = ?3")?.execute([
+            hard_state.term as i64,
+            hard_state.vote as i64,
+            hard_state.commit as i64,
+        ])?;
     }
     transaction
         .prepare_cached("UPDATE raft SET applied = ?1 WHERE applied < ?1")?
@@ -276,7 +287,13 @@ impl SqliteStore {
                     0 => EntryType::EntryNormal,
                     1 => EntryType::EntryConfChange,
                     2 => EntryType::EntryConfChangeV2,
-                    _ => return Err(StoreError::EntryKind { path: self.path.clone(), index: entry.index, kind }),
+                    _ => {
+                        return Err(StoreError::EntryKind {
+                            path: self.path.clone(),
+                            index: entry.index,
+                            kind,
+                        });
+                    }
                 };
                 Ok(entry)
             })
@@ -297,7 +314,11 @@ mod tests {
     use super::*;
 
     fn scratch() -> PathBuf {
-        let dir = std::env::temp_dir().join(format!("tinydc-store-{}-{:?}", std::process::id(), std::thread::current().id()));
+        let dir = std::env::temp_dir().join(format!(
+            "tinydc-store-{}-{:?}",
+            std::process::id(),
+            std::thread::current().id()
+        ));
         std::fs::create_dir_all(&dir).expect("make a scratch folder");
         dir
     }

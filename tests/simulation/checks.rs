@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use tinydc::consensus::Entry;
 
 fn hash(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
 #[derive(Default)]
@@ -32,7 +34,11 @@ impl Checks {
         for entry in entries {
             let what = hash(&entry.data);
             let known = *self.entries.entry((entry.index, entry.term)).or_insert(what);
-            assert_eq!(known, what, "log matching: two entries at index {} of term {}", entry.index, entry.term);
+            assert_eq!(
+                known, what,
+                "log matching: two entries at index {} of term {}",
+                entry.index, entry.term
+            );
         }
     }
 

@@ -74,7 +74,11 @@ impl Image {
             rows: self
                 .rows
                 .iter()
-                .map(|((kind, key), body)| RowChange { kind: *kind, key: key.clone(), body: Some(body.clone()) })
+                .map(|((kind, key), body)| RowChange {
+                    kind: *kind,
+                    key: key.clone(),
+                    body: Some(body.clone()),
+                })
                 .collect(),
         }
     }

@@ -54,7 +54,8 @@ pub fn is_linearizable(history: &[Operation]) -> Option<bool> {
         }
         let is_done = |position: usize| done[position / 64] >> (position % 64) & 1 == 1;
         let open: Vec<usize> = (0..count).filter(|position| !is_done(*position)).collect();
-        let earliest_return = open.iter().map(|position| operations[*position].returned_at).min().unwrap_or(u64::MAX);
+        let earliest_return =
+            open.iter().map(|position| operations[*position].returned_at).min().unwrap_or(u64::MAX);
         for position in open {
             let operation = operations[position];
             if operation.called_at > earliest_return {
@@ -75,8 +76,10 @@ pub fn is_linearizable(history: &[Operation]) -> Option<bool> {
 
 #[test]
 fn a_stale_read_is_not_linearizable() {
-    let write = |called_at, returned_at, value| Operation { called_at, returned_at, kind: Kind::Write(value) };
-    let read = |called_at, returned_at, value| Operation { called_at, returned_at, kind: Kind::Read(Some(value)) };
+    let write =
+        |called_at, returned_at, value| Operation { called_at, returned_at, kind: Kind::Write(value) };
+    let read =
+        |called_at, returned_at, value| Operation { called_at, returned_at, kind: Kind::Read(Some(value)) };
     assert_eq!(is_linearizable(&[write(0, 10, 1), read(20, 30, 1)]), Some(true));
     assert_eq!(is_linearizable(&[write(0, 10, 1), read(20, 30, 0)]), Some(false));
     assert_eq!(is_linearizable(&[write(0, 50, 1), read(20, 30, 0), read(31, 40, 1)]), Some(true));

@@ -45,10 +45,15 @@ fn all_seeds_hold() {
     let reports: Vec<Report> = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..workers)
             .map(|worker| {
-                scope.spawn(move || (1..=total).filter(|seed| seed % workers == worker).map(must_hold).collect::<Vec<_>>())
+                scope.spawn(move || {
+                    (1..=total).filter(|seed| seed % workers == worker).map(must_hold).collect::<Vec<_>>()
+                })
             })
             .collect();
-        threads.into_iter().flat_map(|thread| thread.join().expect("a seed failed; its replay line is above")).collect()
+        threads
+            .into_iter()
+            .flat_map(|thread| thread.join().expect("a seed failed; its replay line is above"))
+            .collect()
     });
     let sum = |part: fn(&Report) -> u64| reports.iter().map(part).sum::<u64>();
     println!(

@@ -8,9 +8,7 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use tinydc::consensus::{Message, MessageType};
 use tinydc::control::{Alive, Control, ControlConfig, Figures, Input, Now, Output};
 use tinydc::model::*;
-use tinydc::state::{
-    Cluster, Command, InstanceReport, JoinNode, NodeReport, RequestMark, TokenKind,
-};
+use tinydc::state::{Cluster, Command, InstanceReport, JoinNode, NodeReport, RequestMark, TokenKind};
 
 const NODES_MAX: u64 = 5;
 const MS: u64 = 1;
@@ -337,7 +335,8 @@ impl World {
             }
             Output::SendSnapshot { to, message, frames } => {
                 self.report.snapshots += 1;
-                let packet = Packet::Snapshot { from: node, message: Box::new(message), frames: frames.to_vec() };
+                let packet =
+                    Packet::Snapshot { from: node, message: Box::new(message), frames: frames.to_vec() };
                 self.send(node, to.0, packet);
             }
             Output::Forward { to, command } => self.send(node, to.0, Packet::Forward { from: node, command }),
@@ -477,7 +476,8 @@ impl World {
             let mut instances = Vec::new();
             for instance in control.state().instances_on(id) {
                 let is_gone = instance.desired == Desired::Remove;
-                let is_known = instance.observed.phase == Phase::Running && instance.observed.start_id == Some(start_id);
+                let is_known =
+                    instance.observed.phase == Phase::Running && instance.observed.start_id == Some(start_id);
                 if is_gone || !is_known {
                     seq += 1;
                     let phase = if is_gone { Phase::Stopped } else { Phase::Running };
@@ -497,16 +497,15 @@ impl World {
     // ---- clients
 
     fn leader(&self) -> Option<u64> {
-        self.nodes.iter().find_map(|(id, node)| {
-            node.as_ref()?.control.driver().is_leader().then_some(*id)
-        })
+        self.nodes.iter().find_map(|(id, node)| node.as_ref()?.control.driver().is_leader().then_some(*id))
     }
 
     fn run_client(&mut self, client: usize) {
         if self.clients[client].busy.is_some() {
             return;
         }
-        let running: Vec<u64> = self.nodes.iter().filter(|(_, node)| node.is_some()).map(|(id, _)| *id).collect();
+        let running: Vec<u64> =
+            self.nodes.iter().filter(|(_, node)| node.is_some()).map(|(id, _)| *id).collect();
         if running.is_empty() {
             return self.at(100, Event::Client(client));
         }
@@ -519,7 +518,10 @@ impl World {
         let waiter = self.next_waiter;
         let key = self.random.below(2);
         if is_read {
-            self.history.push((key, Operation { called_at: self.now, returned_at: u64::MAX, kind: Kind::Read(None) }));
+            self.history.push((
+                key,
+                Operation { called_at: self.now, returned_at: u64::MAX, kind: Kind::Read(None) },
+            ));
             self.clients[client].busy = Some((waiter, self.history.len() - 1));
             self.at(3_000, Event::ClientTimeout { client, waiter });
             if self.bug == Bug::ReadLocally {
@@ -554,7 +556,9 @@ impl World {
     }
 
     fn finish_write(&mut self, waiter: u64, is_done: Option<bool>) {
-        let Some(client) = self.clients.iter().position(|c| c.busy.is_some_and(|(w, _)| w == waiter)) else { return };
+        let Some(client) = self.clients.iter().position(|c| c.busy.is_some_and(|(w, _)| w == waiter)) else {
+            return;
+        };
         let Some((_, position)) = self.clients[client].busy else { return };
         let delay = self.random.below(300);
         self.clients[client].busy = None;
@@ -570,12 +574,15 @@ impl World {
     }
 
     fn finish_read(&mut self, node: u64, waiter: u64, is_done: bool) {
-        let Some(client) = self.clients.iter().position(|c| c.busy.is_some_and(|(w, _)| w == waiter)) else { return };
+        let Some(client) = self.clients.iter().position(|c| c.busy.is_some_and(|(w, _)| w == waiter)) else {
+            return;
+        };
         let Some((_, position)) = self.clients[client].busy else { return };
         self.clients[client].busy = None;
         if is_done && let Some(node) = &self.nodes[&node] {
             let key = self.history[position].0;
-            let labels = node.control.state().nodes.find(&NodeId(1)).map(|row| row.labels.clone()).unwrap_or_default();
+            let labels =
+                node.control.state().nodes.find(&NodeId(1)).map(|row| row.labels.clone()).unwrap_or_default();
             let value = labels.get(&format!("k{key}")).and_then(|text| text.parse().ok()).unwrap_or(0);
             let operation = &mut self.history[position].1;
             operation.kind = Kind::Read(Some(value));
@@ -707,7 +714,8 @@ impl World {
         let image = ImageSpec { reference: "hello".into(), digest: Some(digest) };
         let service = ServiceSpec { replicas: 3, ..ServiceSpec::new(image) };
         let name = AppName::new("shop").expect("a name");
-        let spec = AppSpec { name, services: [("web".to_string(), service)].into(), volumes: BTreeMap::new() };
+        let spec =
+            AppSpec { name, services: [("web".to_string(), service)].into(), volumes: BTreeMap::new() };
         self.submit(Command::DeployApp { spec: Box::new(spec), artifacts: Vec::new() });
         self.run_for(3_000);
     }
@@ -760,8 +768,12 @@ impl World {
             .count();
         assert_eq!(running as u32, service.spec.replicas, "instances: {:?}", state.instances);
         for key in 0..2 {
-            let history: Vec<Operation> =
-                self.history.iter().filter(|(of, _)| *of == key).map(|(_, operation)| operation.clone()).collect();
+            let history: Vec<Operation> = self
+                .history
+                .iter()
+                .filter(|(of, _)| *of == key)
+                .map(|(_, operation)| operation.clone())
+                .collect();
             assert_ne!(is_linearizable(&history), Some(false), "not linearizable: key {key}");
         }
     }
@@ -773,7 +785,13 @@ impl World {
                 let status = node.control.status(Now::default());
                 text += &format!(
                     "\n  n{id}: leader {:?} term {} applied {} commit {} last {} voters {:?} learners {:?}",
-                    status.leader, status.term, status.applied, status.commit, status.last_index, status.voters, status.learners
+                    status.leader,
+                    status.term,
+                    status.applied,
+                    status.commit,
+                    status.last_index,
+                    status.voters,
+                    status.learners
                 );
             }
         }
@@ -782,7 +800,11 @@ impl World {
 }
 
 fn label_command(key: u64, value: u64) -> Command {
-    Command::LabelNode { node: NodeId(1), set: [(format!("k{key}"), value.to_string())].into(), remove: Vec::new() }
+    Command::LabelNode {
+        node: NodeId(1),
+        set: [(format!("k{key}"), value.to_string())].into(),
+        remove: Vec::new(),
+    }
 }
 
 fn join_node(node: u64) -> JoinNode {
