@@ -397,3 +397,6 @@ impl Body for UploadBody {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

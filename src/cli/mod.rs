@@ -15,6 +15,7 @@ mod figures;
 pub mod hello;
 mod help;
 mod names;
+mod pack;
 mod project;
 mod table;
 mod terminal;
@@ -64,6 +65,7 @@ fn run(args: &[OsString]) -> anyhow::Result<()> {
     {
         return crate::node::run(options);
     }
+    terminal::block(command.verb.own_signals())?;
     let executor = Rc::new(LocalExecutor::new());
     let session = Session { globals, executor: executor.clone() };
     async_io::block_on(executor.run(verbs::run(&session, command.verb)))

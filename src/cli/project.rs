@@ -3,12 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// In the order in which Compose looks.
-pub const FILE_NAMES: [&str; 4] =
-    ["compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml"];
-/// More is no Compose file.
-pub const FILE_BYTES_MAX: u64 = 1 << 20;
+use crate::compose::FILE_BYTES_MAX;
 
+/// In the order in which Compose looks.
+const FILE_NAMES: [&str; 4] =
+    ["compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml"];
 pub fn find_file(folder: &Path) -> Option<PathBuf> {
     FILE_NAMES.iter().map(|name| folder.join(name)).find(|path| path.is_file())
 }
@@ -20,7 +19,7 @@ pub fn app_here() -> Option<String> {
 }
 
 pub fn app_of_file(path: &Path) -> Option<String> {
-    let is_small = fs::metadata(path).is_ok_and(|file| file.len() <= FILE_BYTES_MAX);
+    let is_small = fs::metadata(path).is_ok_and(|file| file.len() <= FILE_BYTES_MAX as u64);
     let text = is_small.then(|| fs::read_to_string(path).ok()).flatten();
     let folder = path.canonicalize().ok()?.parent()?.file_name()?.to_string_lossy().into_owned();
     app_name(text.as_deref().unwrap_or(""), &folder)
@@ -36,14 +35,10 @@ fn app_name(text: &str, folder: &str) -> Option<String> {
     }
 }
 
-/// As Compose does: lower case, and only what a name may hold.
-pub fn name_of_folder(folder: &str) -> Option<String> {
-    let letters = folder.to_lowercase().replace(['_', '.', ' '], "-");
-    let name: String = letters
-        .chars()
-        .filter(|letter| letter.is_ascii_lowercase() || letter.is_ascii_digit() || *letter == '-')
-        .take(40)
-        .collect();
+/// As `compose` does: lower case, everything else a dash.
+fn name_of_folder(folder: &str) -> Option<String> {
+    let plain = |letter: char| if letter.is_ascii_alphanumeric() { letter.to_ascii_lowercase() } else { '-' };
+    let name: String = folder.chars().map(plain).take(40).collect();
     let name = name.trim_matches('-');
     (!name.is_empty()).then(|| name.into())
 }

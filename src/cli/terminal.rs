@@ -5,9 +5,12 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::os::fd::AsFd;
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use async_io::Async;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::termios::{self, SetArg, Termios};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +89,7 @@ pub fn window_size() -> Option<(u16, u16)> {
 }
 
 /// What the terminal was before raw mode, for whoever restores it: the guard, the panic hook, a stop signal.
-static BEFORE: OnceLock<Termios> = OnceLock::new();
+static BEFORE: Mutex<Option<Termios>> = Mutex::new(None);
 
 /// Raw mode until it is dropped; also restored when the process panics.
 pub struct RawMode(());
@@ -101,7 +104,8 @@ impl RawMode {
         let before = termios::tcgetattr(input.as_fd())?;
         let mut raw = before.clone();
         termios::cfmakeraw(&mut raw);
-        if BEFORE.set(before).is_ok() {
+        let was_first = BEFORE.lock().unwrap_or_else(PoisonError::into_inner).replace(before).is_none();
+        if was_first {
             let hook = std::panic::take_hook();
             std::panic::set_hook(Box::new(move |panic| {
                 restore();
@@ -121,7 +125,9 @@ impl Drop for RawMode {
 
 /// Puts the terminal back as it was before raw mode.
 pub fn restore() {
-    if let Some(before) = BEFORE.get() {
+    // Taken only for a moment, but a panic may come at any.
+    let Ok(before) = BEFORE.try_lock() else { return };
+    if let Some(before) = before.as_ref() {
         // There is nothing to be done about a terminal that has gone.
         let _ = termios::tcsetattr(io::stdin().as_fd(), SetArg::TCSANOW, before);
     }
@@ -134,4 +140,31 @@ pub async fn within<Output>(limit: Duration, work: impl Future<Output = Output>)
         None
     })
     .await
+}
+
+/// Signals that a verb takes itself. Blocked before any thread is made, so that every thread inherits it.
+pub fn block(signals: &[Signal]) -> io::Result<()> {
+    let set: SigSet = signals.iter().copied().collect();
+    Ok(set.thread_block()?)
+}
+
+/// Waits for signals that `block` blocked.
+pub struct Signals(Async<SignalFd>);
+
+impl Signals {
+    pub fn open(signals: &[Signal]) -> io::Result<Signals> {
+        let set: SigSet = signals.iter().copied().collect();
+        let file = SignalFd::with_flags(&set, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+        Ok(Signals(Async::new_nonblocking(file)?))
+    }
+
+    pub async fn next(&self) -> io::Result<Signal> {
+        loop {
+            if let Some(signal) = self.0.get_ref().read_signal()? {
+                let number = i32::try_from(signal.ssi_signo).unwrap_or_default();
+                return Ok(Signal::try_from(number)?);
+            }
+            self.0.readable().await?;
+        }
+    }
 }

@@ -15,6 +15,7 @@ mod scale;
 mod settings;
 
 use argh::FromArgs;
+use nix::sys::signal::Signal;
 
 use super::Session;
 
@@ -49,6 +50,17 @@ pub enum Verb {
     Token(people::Token),
     User(people::User),
     Version(cluster::Version),
+}
+
+impl Verb {
+    /// Signals that the verb handles instead of being ended by them.
+    pub fn own_signals(&self) -> &'static [Signal] {
+        match self {
+            Verb::Deploy(_) | Verb::Scale(_) => &[Signal::SIGINT],
+            Verb::Exec(_) => exec::SIGNALS,
+            _ => &[],
+        }
+    }
 }
 
 pub async fn run(session: &Session, verb: Verb) -> anyhow::Result<()> {

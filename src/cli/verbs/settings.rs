@@ -5,7 +5,7 @@ use hyper::Method;
 use serde_json::Value;
 
 use crate::api::wire::{SettingValue, SettingsBody};
-use crate::cli::Session;
+use crate::cli::{Session, usage};
 use crate::cli::client::{WRITE_LIMIT, escape};
 use crate::cli::failure::Failure;
 use crate::cli::table::{Cell, Table};
@@ -16,18 +16,21 @@ use crate::cli::terminal::{Colour, print_line};
 #[argh(subcommand, name = "settings", help_triggers("-h", "--help"))]
 #[argh(example = "tinydc settings\ntinydc settings timers fast")]
 pub struct Settings {
-    /// the setting
-    #[argh(positional, arg_name = "KEY")]
-    key: Option<String>,
-    /// its new value
-    #[argh(positional, arg_name = "VALUE")]
-    value: Option<String>,
+    /// a setting, and its new value
+    #[argh(positional, arg_name = "KEY [VALUE]")]
+    words: Vec<String>,
 }
 
 impl Settings {
     pub async fn run(self, session: &Session) -> anyhow::Result<()> {
+        let (key, value) = match &self.words[..] {
+            [] => (None, None),
+            [key] => (Some(key), None),
+            [key, value] => (Some(key), Some(value)),
+            _ => return Err(usage("a setting has one value", "write a list with commas: a,b")),
+        };
         let client = session.client()?;
-        if let (Some(key), Some(value)) = (&self.key, &self.value) {
+        if let (Some(key), Some(value)) = (key, value) {
             let path = format!("/v1/settings/{}", escape(key));
             let body = SettingValue { value: value.clone() };
             let _: Value = client.write(Method::PUT, &path, &body, WRITE_LIMIT).await?;
@@ -35,7 +38,7 @@ impl Settings {
             return Ok(());
         }
         let body: SettingsBody = client.read("/v1/settings").await?;
-        let Some(key) = &self.key else { return session.show(&body, print) };
+        let Some(key) = key else { return session.show(&body, print) };
         let found = body.settings.iter().find(|setting| setting.key == *key);
         let setting = found.ok_or_else(|| {
             Failure::refused(format!("there is no setting {key}")).hint("tinydc settings lists them")
