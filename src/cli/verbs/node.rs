@@ -1,0 +1,225 @@
+//! `node`: run the daemon; list, drain, label and remove nodes.
+
+use std::path::PathBuf;
+
+use argh::FromArgs;
+use serde_json::Value;
+
+use super::apps::node_table;
+use crate::api::wire::{LabelsRequest, NodeBody};
+use crate::cli::arguments::Globals;
+use crate::cli::client::escape;
+use crate::cli::figures::{age, cores, size};
+use crate::cli::terminal::print_line;
+use crate::cli::{Session, usage};
+use crate::node::RunOptions;
+
+/// Run the daemon; list, drain, label and remove nodes.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "node", help_triggers("-h", "--help"))]
+#[argh(example = "tinydc node ls\ntinydc node label pi1 disk=ssd\ntinydc node drain pi2")]
+pub struct Node {
+    #[argh(subcommand)]
+    action: Action,
+}
+
+#[derive(FromArgs)]
+#[argh(subcommand)]
+enum Action {
+    Run(Run),
+    Ls(Ls),
+    Inspect(Inspect),
+    Drain(Drain),
+    Activate(Activate),
+    Label(Label),
+    Rm(Rm),
+}
+
+/// Run the daemon in the foreground.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "run", help_triggers("-h", "--help"))]
+#[argh(example = "sudo tinydc node run")]
+struct Run {
+    /// configuration (default: /etc/tinydc.toml, if it exists)
+    #[argh(option, arg_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+/// List the nodes.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "ls", help_triggers("-h", "--help"))]
+#[argh(example = "tinydc node ls")]
+struct Ls {}
+
+/// Show all about one node.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "inspect", help_triggers("-h", "--help"))]
+#[argh(example = "tinydc node inspect pi1")]
+struct Inspect {
+    /// the node
+    #[argh(positional, arg_name = "NAME")]
+    name: String,
+}
+
+/// Move the apps off a node, as before maintenance.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "drain", help_triggers("-h", "--help"))]
+#[argh(example = "tinydc node drain pi2")]
+struct Drain {
+    /// the node
+    #[argh(positional, arg_name = "NAME")]
+    name: String,
+}
+
+/// Let a drained node run apps again.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "activate", help_triggers("-h", "--help"))]
+#[argh(example = "tinydc node activate pi2")]
+struct Activate {
+    /// the node
+    #[argh(positional, arg_name = "NAME")]
+    name: String,
+}
+
+/// Set labels (KEY=VALUE) or remove them (KEY-).
+#[derive(FromArgs)]
+#[argh(subcommand, name = "label", help_triggers("-h", "--help"))]
+#[argh(example = "tinydc node label pi1 disk=ssd room-")]
+struct Label {
+    /// the node
+    #[argh(positional, arg_name = "NAME")]
+    name: String,
+    /// KEY=VALUE or KEY-
+    #[argh(positional, arg_name = "LABEL")]
+    labels: Vec<String>,
+}
+
+/// Remove a node that is gone for good.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "rm", help_triggers("-h", "--help"))]
+#[argh(example = "tinydc node rm pi2")]
+struct Rm {
+    /// also if it holds the only copy of a volume or image, or the cluster would lose its quorum
+    #[argh(switch)]
+    force: bool,
+    /// the node
+    #[argh(positional, arg_name = "NAME")]
+    name: String,
+}
+
+impl Node {
+    /// `Some`: this is `node run`, which is no client.
+    pub fn run_options(&self, globals: &Globals) -> Option<RunOptions> {
+        match &self.action {
+            Action::Run(run) => {
+                Some(RunOptions { config: run.config.clone(), data_dir: globals.data_dir.clone() })
+            }
+            _ => None,
+        }
+    }
+
+    pub async fn run(self, session: &Session) -> anyhow::Result<()> {
+        let client = session.client()?;
+        let path = |name: &str, rest: &str| format!("/v1/nodes/{}{rest}", escape(name));
+        match self.action {
+            Action::Run(_) => Ok(()),
+            Action::Ls(_) => {
+                let nodes = client.nodes().await?;
+                session.show(&nodes, |nodes| node_table(&nodes.nodes).print())
+            }
+            Action::Inspect(Inspect { name }) => {
+                let node: NodeBody = client.read(&path(&name, "")).await?;
+                session.show(&node, print_node)
+            }
+            Action::Drain(Drain { name }) => {
+                let _: Value = client.post(&path(&name, "/drain"), &Value::Null).await?;
+                session.done(&format!("{name} takes no more apps; what it runs moves away. See: tinydc ps"));
+                Ok(())
+            }
+            Action::Activate(Activate { name }) => {
+                let _: Value = client.post(&path(&name, "/activate"), &Value::Null).await?;
+                session.done(&format!("{name} takes apps again."));
+                Ok(())
+            }
+            Action::Label(Label { name, labels }) => {
+                let request = labels_request(&labels)?;
+                let _: Value = client.post(&path(&name, "/labels"), &request).await?;
+                session.done(&format!("{name} is labelled."));
+                Ok(())
+            }
+            Action::Rm(Rm { name, force }) => {
+                let query = if force { "?force=true" } else { "" };
+                let _: Value = client.delete(&path(&name, query)).await?;
+                session.done(&format!("{name} is no member any more."));
+                Ok(())
+            }
+        }
+    }
+}
+
+fn labels_request(labels: &[String]) -> anyhow::Result<LabelsRequest> {
+    let mut request = LabelsRequest::default();
+    for label in labels {
+        match (label.split_once('='), label.strip_suffix('-')) {
+            (Some((key, value)), _) if !key.is_empty() => {
+                request.set.insert(key.into(), value.into());
+            }
+            (None, Some(key)) if !key.is_empty() => request.remove.push(key.into()),
+            _ => return Err(usage(format!("{label:?} is no label"), "KEY=VALUE sets one, KEY- removes it")),
+        }
+    }
+    if labels.is_empty() {
+        return Err(usage("which labels?", "such as disk=ssd, or disk- to remove it"));
+    }
+    Ok(request)
+}
+
+fn print_node(node: &NodeBody) {
+    let labels: Vec<String> = node.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    let heard = node.silent_ms.map_or("never".into(), |silent| format!("{} ago", age(silent)));
+    let memory = format!(
+        "{}, {} reserved, {} available",
+        size(node.memory_bytes),
+        size(node.reserved_memory_bytes),
+        node.memory_available_bytes.map_or("?".into(), size)
+    );
+    let cpu = format!("{} cores, {} reserved", cores(node.cpu_millis), cores(node.reserved_cpu_millis));
+    let lines = [
+        ("name", node.name.clone()),
+        ("id", node.id.clone()),
+        ("state", node.state.clone()),
+        ("role", node.role.clone()),
+        ("address", node.address.clone().unwrap_or_default()),
+        ("last heard", heard),
+        ("architecture", node.architecture.clone()),
+        ("cpu", cpu),
+        ("memory", memory),
+        ("instances", node.instances.to_string()),
+        ("labels", labels.join(" ")),
+        ("software", node.software.clone()),
+        ("joined", node.joined_at.clone()),
+        ("only copies", node.only_copies.join(", ")),
+    ];
+    for (key, value) in lines.iter().filter(|(_, value)| !value.is_empty()) {
+        print_line(&format!("{key:<13} {value}"));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn labels_are_set_and_removed() {
+        let request = |labels: &[&str]| {
+            labels_request(&labels.iter().map(|label| String::from(*label)).collect::<Vec<_>>())
+        };
+        let read = request(&["disk=ssd", "room-", "note=a-b-", "empty="]).unwrap();
+        assert_eq!(read.remove, ["room"]);
+        assert_eq!(read.set.len(), 3);
+        assert_eq!((read.set["note"].as_str(), read.set["empty"].as_str()), ("a-b-", ""));
+        for bad in [&["disk"][..], &["=x"], &["-"], &[]] {
+            assert!(request(bad).is_err(), "{bad:?}");
+        }
+    }
+}
