@@ -152,15 +152,16 @@ impl Ground {
             }
             MountSource::Content { digest, is_file } => {
                 let failed = |source| LaunchError::Content { target: mount.target.clone(), source };
-                let folder = self.artifacts.content(state, digest, progress).map_err(failed)?;
-                (
-                    if *is_file {
-                        only_entry(&folder).map_err(|source| failed(source.into()))?
-                    } else {
-                        folder
-                    },
-                    Seed::Never,
-                )
+                let shared = self.artifacts.content(state, digest, progress).map_err(failed)?;
+                let folder = match mount.is_read_only {
+                    true => shared,
+                    false => self.own_copy(container, digest, &shared).map_err(|source| failed(source.into()))?,
+                };
+                let source = match is_file {
+                    true => only_entry(&folder).map_err(|source| failed(source.into()))?,
+                    false => folder,
+                };
+                (source, Seed::Never)
             }
             MountSource::Volume { name } => {
                 (self.make_volume(state, service, name, progress)?, Seed::FromImageOnce)
@@ -174,6 +175,26 @@ impl Ground {
         };
         container.binds.push(Bind { source, destination: mount.target.clone(), access, seed });
         Ok(())
+    }
+
+    /// Content that a container may write to is its own: other instances share what lies under the digest.
+    fn own_copy(&self, container: &ContainerSpec, digest: &Digest, shared: &Path) -> io::Result<PathBuf> {
+        let copy = self.copies_dir(&container.id).join(digest.hex());
+        if !copy.is_dir() {
+            fs::create_dir_all(self.copies_dir(&container.id))?;
+            copy_tree(shared, &copy)?;
+        }
+        Ok(copy)
+    }
+
+    fn copies_dir(&self, container: &ContainerId) -> PathBuf {
+        self.data_dir.join("copies").join(container.as_str())
+    }
+
+    /// What belonged to a container beside its own folder.
+    pub fn forget_copies(&self, container: &ContainerId) {
+        // Most containers have none.
+        let _ = fs::remove_dir_all(self.copies_dir(container));
     }
 
     /// The volume's folder; made and seeded when it is missing, never touched when it is there.

@@ -367,6 +367,7 @@ impl Worker {
                     if let Err(error) = ground.network.detach(container.as_str()) {
                         warn!(instance = %id, %error, "take down the network of a container");
                     }
+                    ground.forget_copies(&container);
                     ground.runtime.remove(&container, KeepLogs::Yes)
                 })
                 .await;
