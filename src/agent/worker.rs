@@ -368,7 +368,8 @@ impl Worker {
                         warn!(instance = %id, %error, "take down the network of a container");
                     }
                     ground.forget_copies(&container);
-                    ground.runtime.remove(&container, KeepLogs::Yes)
+                    ground.runtime.remove(&container, KeepLogs::Yes)?;
+                    ground.prune_logs()
                 })
                 .await;
                 let error = outcome.err().map(|error| chain(&error));

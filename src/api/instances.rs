@@ -63,6 +63,9 @@ pub async fn logs(
     query: &BTreeMap<String, String>,
     request: Request<Incoming>,
 ) -> Result<Reply, ApiError> {
+    if query.contains_key("dead") {
+        return dead_logs(backend, name, query, &request).await;
+    }
     // Logs need no quorum: this node's copy says where the instance runs.
     let state = backend.replica.state();
     let (id, node) = match find(&state, name) {
@@ -80,6 +83,23 @@ pub async fn logs(
         }
         _ if is_here => read_logs(backend, id, query).await,
         Some(_) => Err(ApiError::rejected(format!("{name} has not started yet")).hint("tinydc ps shows why")),
+        None if request.headers().contains_key("x-tinydc-asked") => {
+            Err(ApiError::not_found("instance", name))
+        }
+        None => ask_all(backend, name, query).await,
+    }
+}
+
+/// What the newest dead instance of a slot left, on whichever node ran it.
+async fn dead_logs(
+    backend: &Arc<Backend>,
+    name: &str,
+    query: &BTreeMap<String, String>,
+    request: &Request<Incoming>,
+) -> Result<Reply, ApiError> {
+    let (ground, slot) = (backend.ground.clone(), name.to_string());
+    match smol::unblock(move || ground.newest_dead(&slot)).await {
+        Some(id) => read_logs(backend, id, query).await,
         None if request.headers().contains_key("x-tinydc-asked") => {
             Err(ApiError::not_found("instance", name))
         }

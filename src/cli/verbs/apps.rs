@@ -67,7 +67,11 @@ impl Ps {
         };
         session.show(&instances, |instances| {
             if instances.is_empty() {
-                print_line(if status.services.is_empty() { NOTHING } else { "No instance runs, and none is wanted." });
+                print_line(if status.services.is_empty() {
+                    NOTHING
+                } else {
+                    "No instance runs, and none is wanted."
+                });
                 return;
             }
             instance_table(instances).print();
@@ -147,7 +151,9 @@ impl Status {
         if let Some(app) = &self.app
             && !status.services.iter().any(|service| service.app == *app)
         {
-            return Err(Failure::refused(format!("there is no app {app}")).hint("tinydc ls lists them").into());
+            return Err(Failure::refused(format!("there is no app {app}"))
+                .hint("tinydc ls lists them")
+                .into());
         }
         session.show(&status, |status| {
             if self.app.is_none() {
