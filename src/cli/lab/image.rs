@@ -5,6 +5,7 @@ use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// An image whose command is the `hello` server in the running binary, as `docker save` would write it.
 pub fn hello_image(name: &str) -> Result<Vec<u8>> {
@@ -19,32 +20,51 @@ pub fn image_of(
     command: &[String],
     files: &[(&str, &[u8], u32)],
 ) -> Result<Vec<u8>> {
-    let bytes = fs::read(program).with_context(|| format!("read {}", program.display()))?;
+    image_with(name, &[(program, "/tinydc")], command, files)
+}
+
+/// An image with several programs, each `(here, inside)`, with their loaders and libraries.
+pub fn image_with(
+    name: &str,
+    programs: &[(&Path, &str)],
+    command: &[String],
+    files: &[(&str, &[u8], u32)],
+) -> Result<Vec<u8>> {
     let mut layer = tar::Builder::new(Vec::new());
     let mut folders = BTreeSet::new();
-    for path in libraries_of(program, &bytes)? {
+    let mut libraries = BTreeSet::new();
+    for (here, inside) in programs {
+        let bytes = fs::read(here).with_context(|| format!("read {}", here.display()))?;
+        libraries.extend(libraries_of(here, &bytes)?);
+        add_folders(&mut layer, Path::new(inside), &mut folders)?;
+        add_file(&mut layer, Path::new(inside), &bytes, 0o755)?;
+    }
+    for path in libraries {
         let content = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
         add_folders(&mut layer, &path, &mut folders)?;
         add_file(&mut layer, &path, &content, 0o755)?;
     }
-    add_file(&mut layer, Path::new("/tinydc"), &bytes, 0o755)?;
     for (path, content, mode) in files {
         add_folders(&mut layer, Path::new(path), &mut folders)?;
         add_file(&mut layer, Path::new(path), content, *mode)?;
     }
-    let layer = layer.into_inner()?;
+    archive_of(name, &layer.into_inner()?, command)
+}
+
+/// An archive as `docker save` would write it, of one layer given as it is.
+pub fn archive_of(name: &str, layer: &[u8], command: &[String]) -> Result<Vec<u8>> {
     let config = serde_json::json!({
         "architecture": crate::model::Architecture::own().oci_name(),
         "os": "linux",
         "config": { "Entrypoint": command, "Env": ["PATH=/bin"] },
-        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{}", hex(&layer))] },
+        "rootfs": { "type": "layers", "diff_ids": [format!("sha256:{}", hex(layer))] },
     })
     .to_string();
     let config_name = format!("{}.json", hex(config.as_bytes()));
     let manifest =
         serde_json::json!([{ "Config": config_name, "RepoTags": [name], "Layers": ["layer.tar"] }]);
     let mut archive = tar::Builder::new(Vec::new());
-    add_file(&mut archive, Path::new("layer.tar"), &layer, 0o644)?;
+    add_file(&mut archive, Path::new("layer.tar"), layer, 0o644)?;
     add_file(&mut archive, Path::new(&config_name), config.as_bytes(), 0o644)?;
     add_file(&mut archive, Path::new("manifest.json"), manifest.to_string().as_bytes(), 0o644)?;
     Ok(archive.into_inner()?)
@@ -82,15 +102,19 @@ fn add_folders(
     Ok(())
 }
 
-/// The loader that an ELF file names, and the libraries that this process has mapped if it is that file.
+/// The loader that an ELF file names, and its libraries: those that this process has mapped if it is that file, else
+/// what the loader lists.
 fn libraries_of(program: &Path, bytes: &[u8]) -> Result<BTreeSet<PathBuf>> {
     let mut found = BTreeSet::new();
     let Some(loader) = interpreter(bytes) else { return Ok(found) };
-    found.insert(PathBuf::from(loader));
+    found.insert(PathBuf::from(&loader));
     let maps = if std::env::current_exe().is_ok_and(|own| own == program) {
         fs::read_to_string("/proc/self/maps")?
     } else {
-        String::new()
+        // `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x…)`
+        let listed = Command::new(&loader).arg("--list").arg(program).output();
+        let listed = listed.with_context(|| format!("list the libraries of {}", program.display()))?;
+        String::from_utf8_lossy(&listed.stdout).replace(" (0x", "\n(0x")
     };
     let mapped = maps.lines().filter_map(|line| line.find('/').map(|start| &line[start..]));
     found.extend(mapped.filter(|path| path.contains(".so")).map(PathBuf::from));

@@ -10,7 +10,7 @@ mod image;
 mod lan;
 
 pub use ask::{Answer, ask};
-pub use image::{hello_image, image_of};
+pub use image::{archive_of, hello_image, image_of, image_with};
 pub use lan::Lan;
 
 use crate::linux::{cgroup::Cgroups, mount, netns, process::ProcessId};
@@ -134,6 +134,11 @@ impl Lab {
         self.nodes[index].kill_all()
     }
 
+    /// The cgroup parents of this lab's nodes, which also name their tables and devices.
+    pub fn tags(&self) -> Vec<String> {
+        tags_below(&self.dir)
+    }
+
     /// Which node leads, as a running node sees it.
     pub fn leader(&self) -> Result<usize> {
         let asked = self.nodes.iter().find(|node| node.is_running()).context("no node runs")?;
@@ -211,6 +216,23 @@ impl Node {
             daemon.wait()?;
         }
         Ok(())
+    }
+
+    /// A signal to the daemon alone, such as SIGSTOP.
+    pub fn signal(&self, signal: nix::sys::signal::Signal) -> Result<()> {
+        let daemon = self.daemon.as_ref().with_context(|| format!("{} does not run", self.name))?;
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(daemon.id() as i32), signal)
+            .with_context(|| format!("send {signal} to {}", self.name))
+    }
+
+    /// The daemon's exit, if it has ended by itself.
+    pub fn ended(&mut self) -> Result<Option<std::process::ExitStatus>> {
+        let Some(daemon) = &mut self.daemon else { return Ok(None) };
+        let ended = daemon.try_wait()?;
+        if ended.is_some() {
+            self.daemon = None;
+        }
+        Ok(ended)
     }
 
     /// SIGTERM, and its exit.
