@@ -40,6 +40,9 @@ fn entry(name: &str, kind: tar::EntryType, link: &str, content: &[u8]) -> Vec<u8
     header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
     header.set_entry_type(kind);
     header.set_mode(0o644);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
     header.set_size(content.len() as u64);
     header.as_mut_bytes()[157..157 + link.len()].copy_from_slice(link.as_bytes());
     if matches!(kind, tar::EntryType::Block | tar::EntryType::Char) {
