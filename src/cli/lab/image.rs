@@ -74,10 +74,20 @@ fn hex(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn add_file(archive: &mut tar::Builder<Vec<u8>>, path: &Path, content: &[u8], mode: u32) -> Result<()> {
+/// With every number set: an empty field is no number to a strict reader.
+fn header(mode: u32) -> tar::Header {
     let mut header = tar::Header::new_gnu();
-    header.set_size(content.len() as u64);
+    header.set_size(0);
     header.set_mode(mode);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
+    header
+}
+
+fn add_file(archive: &mut tar::Builder<Vec<u8>>, path: &Path, content: &[u8], mode: u32) -> Result<()> {
+    let mut header = header(mode);
+    header.set_size(content.len() as u64);
     let inside = path.strip_prefix("/").unwrap_or(path);
     Ok(archive.append_data(&mut header, inside, content)?)
 }
@@ -92,10 +102,8 @@ fn add_folders(
     parents.reverse();
     for parent in parents {
         if known.insert(parent.into()) {
-            let mut header = tar::Header::new_gnu();
+            let mut header = header(0o755);
             header.set_entry_type(tar::EntryType::Directory);
-            header.set_size(0);
-            header.set_mode(0o755);
             archive.append_data(&mut header, parent.strip_prefix("/").unwrap_or(parent), std::io::empty())?;
         }
     }
