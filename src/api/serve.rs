@@ -96,6 +96,15 @@ pub enum Connection {
     Peer(NodeId),
 }
 
+/// `init` and `join` are for a node that belongs to no cluster yet.
+fn already_member(backend: &Backend) -> ApiError {
+    let state = backend.replica.state();
+    let cluster = state.cluster().map(|cluster| cluster.name.clone()).unwrap_or_default();
+    let node = state.node_name(backend.node);
+    ApiError::rejected(format!("this node is {node}, a member of cluster {cluster} already"))
+        .hint("it can leave it first: tinydc leave")
+}
+
 async fn answer(
     backend: Arc<Backend>,
     caller: Caller,
@@ -103,6 +112,9 @@ async fn answer(
 ) -> Result<Reply, Infallible> {
     let (method, path) = (request.method().clone(), request.uri().path().to_string());
     let outcome = match routes::find(method.as_str(), &path) {
+        Found::NoSuchPath if caller == Caller::Local && matches!(path.as_str(), "/v1/init" | "/v1/join") => {
+            Err(already_member(&backend))
+        }
         Found::NoSuchPath => {
             Err(ApiError::new(StatusCode::NOT_FOUND, "not_found", format!("there is no {path}")))
         }
