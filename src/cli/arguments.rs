@@ -29,8 +29,19 @@ pub struct Arguments {
 
 /// Long options that take a value, of all verbs: none is a switch elsewhere.
 const VALUED: &[&str] = &[
-    "--config", "--container-range", "--env", "--file", "--name", "--port", "--replace", "--tail", "--timeout",
-    "--user", "--valid", "--vip-range", "--workdir",
+    "--config",
+    "--container-range",
+    "--env",
+    "--file",
+    "--name",
+    "--port",
+    "--replace",
+    "--tail",
+    "--timeout",
+    "--user",
+    "--valid",
+    "--vip-range",
+    "--workdir",
 ];
 
 /// Short options that take a value depend on the verb: `deploy -f FILE`, but `logs -f`.

@@ -134,7 +134,8 @@ impl Client {
         source: impl AsyncRead + Send + 'static,
         on_bytes: impl FnMut(u64) + Send + 'static,
     ) -> anyhow::Result<Answer> {
-        let body = BodyExt::boxed_unsync(UploadBody { source: Box::pin(source), on_bytes: Box::new(on_bytes) });
+        let body =
+            BodyExt::boxed_unsync(UploadBody { source: Box::pin(source), on_bytes: Box::new(on_bytes) });
         let builder = request(&Method::POST, path).header("idempotency-key", fresh_key()?);
         let request = builder.header("content-type", "application/x-tar").body(body)?;
         let answer = within(UPLOAD_LIMIT, async { collect(self.open(request).await?).await }).await;
@@ -165,7 +166,12 @@ impl Client {
     }
 
     /// A connection that carries other bytes from here on. Never sent twice: the command might run twice.
-    pub async fn upgrade(&self, path: &str, protocol: &str, body: &impl Serialize) -> anyhow::Result<Upgraded> {
+    pub async fn upgrade(
+        &self,
+        path: &str,
+        protocol: &str,
+        body: &impl Serialize,
+    ) -> anyhow::Result<Upgraded> {
         let body = full(Bytes::from(serde_json::to_vec(body)?));
         let request = request(&Method::POST, path)
             .header("connection", "upgrade")

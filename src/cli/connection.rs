@@ -134,10 +134,8 @@ fn explain_socket(path: &Path, error: &io::Error) -> Failure {
         io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
             let is_default = path == Path::new(SOCKET);
             let place = if is_default { String::new() } else { format!(" (no daemon at {shown})") };
-            Failure::unreachable(format!(
-                "tinydc is not running here{place}; start it: tinydc node run"
-            ))
-            .hint("for a cluster elsewhere, use a context: tinydc context ls")
+            Failure::unreachable(format!("tinydc is not running here{place}; start it: tinydc node run"))
+                .hint("for a cluster elsewhere, use a context: tinydc context ls")
         }
         io::ErrorKind::PermissionDenied => {
             Failure::refused(format!("you may not open {shown}: only root and the group tinydc may"))

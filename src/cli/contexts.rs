@@ -100,9 +100,9 @@ impl Store {
         let failure = Failure::usage(format!("there is no context {name}"));
         let names = self.names().unwrap_or_default();
         Err(match names.is_empty() {
-            true => failure.hint(
-                "on a node: tinydc token --user NAME; here: tinydc context create CONTEXT TOKEN",
-            ),
+            true => {
+                failure.hint("on a node: tinydc token --user NAME; here: tinydc context create CONTEXT TOKEN")
+            }
             false => failure.hint(format!("there are: {}, {LOCAL}", names.join(", "))),
         })
     }

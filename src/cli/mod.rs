@@ -94,11 +94,7 @@ impl Session {
     }
 
     /// With `--json` the answer as it came; else what `show` prints.
-    pub fn show<Answer: Serialize>(
-        &self,
-        answer: &Answer,
-        show: impl FnOnce(&Answer),
-    ) -> anyhow::Result<()> {
+    pub fn show<Answer: Serialize>(&self, answer: &Answer, show: impl FnOnce(&Answer)) -> anyhow::Result<()> {
         if self.is_json() {
             terminal::print_line(&serde_json::to_string(answer)?);
         } else {

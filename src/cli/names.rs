@@ -137,8 +137,12 @@ pub mod tests {
 
     #[test]
     fn a_name_means_what_it_says_and_two_meanings_are_asked_about() {
-        let services =
-            [service("blog", "web", 1), service("shop", "db", 1), service("shop", "web", 3), service("web", "x", 1)];
+        let services = [
+            service("blog", "web", 1),
+            service("shop", "db", 1),
+            service("shop", "web", 3),
+            service("web", "x", 1),
+        ];
         let check = |text: &str, here: Option<&str>, expected: Result<&str, &str>| {
             let resolved = resolve(text, here, &services);
             let shown = resolved.as_ref().map(|found| {

@@ -49,7 +49,8 @@ pub fn pack(folder: &Path, wishes: &[ContentWish]) -> anyhow::Result<Packed> {
         }
         let path = folder.join(&wish.path);
         let keeps_owners = matches!(wish.kind, ContentKind::SeedOfVolume { .. });
-        let mut walk = Walk { keeps_owners, entries: Vec::new(), bytes: &mut bytes, notes: &mut packed.notes };
+        let mut walk =
+            Walk { keeps_owners, entries: Vec::new(), bytes: &mut bytes, notes: &mut packed.notes };
         match wish.kind {
             ContentKind::File => walk.add_file(&path, &wish.path)?,
             ContentKind::ReadOnlyDirectory | ContentKind::SeedOfVolume { .. } => {
@@ -97,7 +98,13 @@ impl Walk<'_> {
         Ok(())
     }
 
-    fn add(&mut self, path: &Path, inside: String, shown: &str, metadata: &fs::Metadata) -> anyhow::Result<()> {
+    fn add(
+        &mut self,
+        path: &Path,
+        inside: String,
+        shown: &str,
+        metadata: &fs::Metadata,
+    ) -> anyhow::Result<()> {
         let file_type = metadata.file_type();
         let kind = if file_type.is_dir() {
             EntryKind::Directory
@@ -150,7 +157,13 @@ mod tests {
     use crate::cli::contexts::tests::Folder;
 
     fn wish(path: &str, kind: ContentKind) -> ContentWish {
-        ContentWish { service: "web".into(), target: "/x".into(), path: path.into(), kind, is_read_only: true }
+        ContentWish {
+            service: "web".into(),
+            target: "/x".into(),
+            path: path.into(),
+            kind,
+            is_read_only: true,
+        }
     }
 
     #[test]

@@ -6,8 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::compose::FILE_BYTES_MAX;
 
 /// In the order in which Compose looks.
-const FILE_NAMES: [&str; 4] =
-    ["compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml"];
+const FILE_NAMES: [&str; 4] = ["compose.yaml", "compose.yml", "docker-compose.yaml", "docker-compose.yml"];
 pub fn find_file(folder: &Path) -> Option<PathBuf> {
     FILE_NAMES.iter().map(|name| folder.join(name)).find(|path| path.is_file())
 }

@@ -129,12 +129,16 @@ impl Document {
             }
             given => {
                 let path = given.map(PathBuf::from).or_else(|| find_file(&here)).ok_or_else(|| {
-                    usage("there is no compose.yaml here", "go to the app's directory, or: tinydc deploy -f FILE")
+                    usage(
+                        "there is no compose.yaml here",
+                        "go to the app's directory, or: tinydc deploy -f FILE",
+                    )
                 })?;
                 let bytes = read_bounded(&path)?;
                 let whole = path.canonicalize().with_context(|| format!("find {}", path.display()))?;
                 let folder = whole.parent().map_or(here, Path::to_path_buf);
-                let shown = path.strip_prefix(&std::env::current_dir()?).unwrap_or(&path).display().to_string();
+                let shown =
+                    path.strip_prefix(&std::env::current_dir()?).unwrap_or(&path).display().to_string();
                 (shown, bytes, folder)
             }
         };
@@ -183,7 +187,8 @@ fn invalid(problems: &[Problem]) -> Failure {
     let errors: Vec<&Problem> =
         problems.iter().filter(|problem| problem.severity == Severity::Error).collect();
     let file = problems.first().map_or("the file", |problem| &problem.file);
-    let failure = Failure::usage(format!("{file} has {}; nothing was deployed", count(errors.len(), "error")));
+    let failure =
+        Failure::usage(format!("{file} has {}; nothing was deployed", count(errors.len(), "error")));
     let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
     let bodies = errors.iter().map(|problem| {
         let hint = problem.hint.as_ref().map(|hint| format!(" ({hint})")).unwrap_or_default();
@@ -229,7 +234,9 @@ async fn send_content(client: &Client, packed: &Packed) -> anyhow::Result<()> {
     for (digest, archive) in &packed.archives {
         let reply: ContentReply = client.put_content("/v1/content", archive.clone().into()).await?;
         if reply.digest != *digest {
-            return Err(Failure::refused(format!("the files arrived as {}, not {digest}", reply.digest)).into());
+            return Err(
+                Failure::refused(format!("the files arrived as {}, not {digest}", reply.digest)).into()
+            );
         }
     }
     Ok(())
@@ -243,7 +250,8 @@ fn print_changes(spec: &AppSpec, reply: &DeployReply, is_dry_run: bool) {
             false => format!("{app}: nothing changed."),
         });
     }
-    let (change, remove) = if is_dry_run { ("would change", "would be removed") } else { ("changes", "is removed") };
+    let (change, remove) =
+        if is_dry_run { ("would change", "would be removed") } else { ("changes", "is removed") };
     for service in &reply.changed {
         let image = spec.services.get(service).map(|service| service.image.reference.as_str());
         print_line(&format!("{app}/{service} {change} ({})", image.unwrap_or("?")));

@@ -116,7 +116,9 @@ impl Exec {
                 .ok_or_else(|| usage(format!("{variable:?} is no variable"), "write KEY=VALUE"))?;
             environment.insert(key.to_owned(), value.to_owned());
         }
-        if self.tty && let Ok(term) = std::env::var("TERM") {
+        if self.tty
+            && let Ok(term) = std::env::var("TERM")
+        {
             environment.entry("TERM".into()).or_insert(term);
         }
         let (rows, columns) = terminal::window_size().unwrap_or((24, 80));

@@ -66,7 +66,9 @@ impl Image {
             Action::Ls(_) => {
                 let images: ImagesBody = session.client()?.read("/v1/images").await?;
                 session.show(&images, |images| match images.images.is_empty() {
-                    true => print_line("No images yet: a deploy pulls them, tinydc image load FILE brings one."),
+                    true => {
+                        print_line("No images yet: a deploy pulls them, tinydc image load FILE brings one.")
+                    }
                     false => print_images(&images.images),
                 })
             }

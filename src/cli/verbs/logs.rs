@@ -217,8 +217,7 @@ fn shown(name: &str, line: &LogLine, style: &Style) -> String {
 
 /// The same name has the same colour each time.
 fn colour_of(name: &str) -> Colour {
-    const COLOURS: [Colour; 5] =
-        [Colour::Cyan, Colour::Green, Colour::Yellow, Colour::Magenta, Colour::Blue];
+    const COLOURS: [Colour; 5] = [Colour::Cyan, Colour::Green, Colour::Yellow, Colour::Magenta, Colour::Blue];
     let sum: usize = name.bytes().map(usize::from).sum();
     COLOURS[sum % COLOURS.len()]
 }
@@ -229,7 +228,8 @@ mod tests {
 
     #[test]
     fn a_line_bears_the_name_and_the_time_that_were_asked_for() {
-        let line = |stream: &str| LogLine { at_ms: 1_795_500_180_042, stream: stream.into(), text: "hi\n".into() };
+        let line =
+            |stream: &str| LogLine { at_ms: 1_795_500_180_042, stream: stream.into(), text: "hi\n".into() };
         let mut style = Style { has_time: false, is_json: false, name_width: None, has_colour: false };
         assert_eq!(shown("shop/web.1", &line("stdout"), &style), "hi");
         assert_eq!(shown("shop/web.1", &line("tinydc"), &style), "-- hi");

@@ -53,7 +53,8 @@ impl Down {
             Some(file) => app_of_file(file),
             None => app_here(),
         });
-        let app = app.ok_or_else(|| usage("there is no Compose file here", "name the app: tinydc down APP"))?;
+        let app =
+            app.ok_or_else(|| usage("there is no Compose file here", "name the app: tinydc down APP"))?;
         Remove { volumes: self.volumes, yes: self.yes, app }.run(session).await
     }
 }

@@ -5,11 +5,11 @@ use hyper::Method;
 use serde_json::Value;
 
 use crate::api::wire::{SettingValue, SettingsBody};
-use crate::cli::{Session, usage};
 use crate::cli::client::{WRITE_LIMIT, escape};
 use crate::cli::failure::Failure;
 use crate::cli::table::{Cell, Table};
 use crate::cli::terminal::{Colour, print_line};
+use crate::cli::{Session, usage};
 
 /// Show the cluster's settings, one of them, or change it.
 #[derive(FromArgs)]

@@ -63,7 +63,9 @@ pub async fn wait(
                 display.show(&status.services);
                 match state(&status.services) {
                     State::Settled => return Ok(status),
-                    State::Failed(service) => return Err(explain_failed(client, &status, &service).await.into()),
+                    State::Failed(service) => {
+                        return Err(explain_failed(client, &status, &service).await.into());
+                    }
                     State::Waiting => last = Some(status),
                 }
             }
