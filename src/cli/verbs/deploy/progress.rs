@@ -42,8 +42,11 @@ fn state(services: &[ServiceBody]) -> State {
     if let Some(failed) = services.iter().find(|service| service.update == "failed") {
         return State::Failed(failed.name.clone());
     }
-    let is_settled = |service: &ServiceBody| service.update == "done" && service.settled >= service.wanted;
     if services.iter().all(is_settled) { State::Settled } else { State::Waiting }
+}
+
+fn is_settled(service: &ServiceBody) -> bool {
+    service.update == "done" && service.settled >= service.wanted
 }
 
 /// The last status: every service is settled in it.
@@ -86,8 +89,11 @@ fn is_passing(error: &anyhow::Error) -> bool {
 
 fn explain_timeout(app: &str, status: Option<&StatusBody>, timeout: Duration) -> Failure {
     let services = status.map_or(&[][..], |status| &status.services);
-    for service in services.iter().filter(|service| service.settled < service.wanted) {
-        eprintln!("{}", line(service));
+    for service in services.iter().filter(|service| !is_settled(service)) {
+        match service.settled < service.wanted {
+            true => eprintln!("{}", line(service)),
+            false => eprintln!("{}  old instances are still being replaced", line(service)),
+        }
         notes(service).iter().for_each(|note| eprintln!("  {note}"));
     }
     Failure::refused(format!("{app} does not serve after {} s; the deploy goes on", timeout.as_secs()))
@@ -226,7 +232,11 @@ pub fn print_end(status: &StatusBody) {
         }
     }
     let running: usize = status.services.iter().map(|service| service.settled).sum();
-    print_line(&format!("All {running} instances serve."));
+    print_line(&match running {
+        0 => "No instance is wanted, and none runs.".into(),
+        1 => "The instance serves.".into(),
+        running => format!("All {running} instances serve."),
+    });
 }
 
 #[cfg(test)]
