@@ -10,9 +10,12 @@ pub mod linux;
 pub mod telemetry;
 // layer 2
 pub mod compose;
-pub mod consensus;
-pub mod planner;
+
 pub mod state;
+
+pub mod planner;
+
+pub mod consensus;
 pub mod verdict;
 // layer 3
 pub mod control;

@@ -7,13 +7,17 @@ use super::artifacts::{Artifacts, FetchArtifactError};
 use crate::model::*;
 use crate::network::{Network, NetworkError};
 use crate::runtime::{
-    Access, Bind, ContainerError, ContainerId, ContainerSpec, ContainerState, Runtime, Seed, Tmpfs,
+    Access, Bind, ContainerError, ContainerId, ContainerSpec, ContainerState, KeepLogs, Runtime, Seed, Tmpfs,
 };
 use crate::state::{Service, State, VolumeKey};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// Beside a container's log: the instance's name.
+const NAME_FILE: &str = "of";
 
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
@@ -102,6 +106,41 @@ impl Ground {
             progress("starting".into());
             self.runtime.start(&container).map_err(LaunchError::Start)?;
         }
+        // The state forgets a dead instance; its log must still say whose it is.
+        let name = self.runtime.instance_dir(&container).join("logs").join(NAME_FILE);
+        if !name.exists() {
+            let _ = fs::write(name, state.instance_name(instance));
+        }
+        Ok(())
+    }
+
+    /// The newest dead instance of a slot (`shop/web.1`) whose log is here.
+    pub fn newest_dead(&self, name: &str) -> Option<InstanceId> {
+        let kept = self.runtime.kept_logs().ok()?;
+        let is_named = |container: &&ContainerId| {
+            let path = self.runtime.instance_dir(container).join("logs").join(NAME_FILE);
+            fs::read_to_string(path).is_ok_and(|text| text == name)
+        };
+        kept.iter().filter(is_named).filter_map(instance_of).max()
+    }
+
+    /// Of each slot's dead instances the logs of the newest few are kept.
+    pub fn prune_logs(&self) -> Result<(), ContainerError> {
+        let mut by_name: BTreeMap<String, Vec<(InstanceId, ContainerId)>> = BTreeMap::new();
+        for container in self.runtime.kept_logs()? {
+            let path = self.runtime.instance_dir(&container).join("logs").join(NAME_FILE);
+            let name = fs::read_to_string(path).unwrap_or_default();
+            if let Some(instance) = instance_of(&container) {
+                by_name.entry(name).or_default().push((instance, container));
+            }
+        }
+        for mut dead in by_name.into_values() {
+            dead.sort();
+            let excess = dead.len().saturating_sub(limits::DEAD_INSTANCES_KEPT);
+            for (_, container) in dead.drain(..excess) {
+                self.runtime.remove(&container, KeepLogs::No)?;
+            }
+        }
         Ok(())
     }
 
@@ -152,15 +191,18 @@ impl Ground {
             }
             MountSource::Content { digest, is_file } => {
                 let failed = |source| LaunchError::Content { target: mount.target.clone(), source };
-                let folder = self.artifacts.content(state, digest, progress).map_err(failed)?;
-                (
-                    if *is_file {
-                        only_entry(&folder).map_err(|source| failed(source.into()))?
-                    } else {
-                        folder
-                    },
-                    Seed::Never,
-                )
+                let shared = self.artifacts.content(state, digest, progress).map_err(failed)?;
+                let folder = match mount.is_read_only {
+                    true => shared,
+                    false => {
+                        self.own_copy(container, digest, &shared).map_err(|source| failed(source.into()))?
+                    }
+                };
+                let source = match is_file {
+                    true => only_entry(&folder).map_err(|source| failed(source.into()))?,
+                    false => folder,
+                };
+                (source, Seed::Never)
             }
             MountSource::Volume { name } => {
                 (self.make_volume(state, service, name, progress)?, Seed::FromImageOnce)
@@ -174,6 +216,26 @@ impl Ground {
         };
         container.binds.push(Bind { source, destination: mount.target.clone(), access, seed });
         Ok(())
+    }
+
+    /// Content that a container may write to is its own: other instances share what lies under the digest.
+    fn own_copy(&self, container: &ContainerSpec, digest: &Digest, shared: &Path) -> io::Result<PathBuf> {
+        let copy = self.copies_dir(&container.id).join(digest.hex());
+        if !copy.is_dir() {
+            fs::create_dir_all(self.copies_dir(&container.id))?;
+            copy_tree(shared, &copy)?;
+        }
+        Ok(copy)
+    }
+
+    fn copies_dir(&self, container: &ContainerId) -> PathBuf {
+        self.data_dir.join("copies").join(container.as_str())
+    }
+
+    /// What belonged to a container beside its own folder.
+    pub fn forget_copies(&self, container: &ContainerId) {
+        // Most containers have none.
+        let _ = fs::remove_dir_all(self.copies_dir(container));
     }
 
     /// The volume's folder; made and seeded when it is missing, never touched when it is there.

@@ -17,4 +17,4 @@ mod worker;
 pub use artifacts::{Artifacts, FetchArtifactError};
 pub use launch::{Ground, LaunchError, container_id};
 pub use reconcile::{Local, Presence};
-pub use worker::{Agent, AgentConfig, LiveInstance, Signal};
+pub use worker::{Agent, AgentConfig, LiveInstance, Signal, chain};

@@ -367,7 +367,9 @@ impl Worker {
                     if let Err(error) = ground.network.detach(container.as_str()) {
                         warn!(instance = %id, %error, "take down the network of a container");
                     }
-                    ground.runtime.remove(&container, KeepLogs::Yes)
+                    ground.forget_copies(&container);
+                    ground.runtime.remove(&container, KeepLogs::Yes)?;
+                    ground.prune_logs()
                 })
                 .await;
                 let error = outcome.err().map(|error| chain(&error));

@@ -1,3 +1,29 @@
-//! HTTP API.
+//! The HTTP API: one set of routes, served on the local socket, on TCP 7400 with TLS, and to peers over QUIC.
+//!
+//! Input: requests. Output: JSON, streams of lines, upgraded connections. A request that another node must answer is
+//! passed on over QUIC, so that every verb works against any node. Who calls is decided by where the request came
+//! in: the local socket is an operator, a client certificate is a user of the state, a peer is a node.
 
+pub mod backend;
+mod body;
+mod error;
+mod exec;
+mod handlers;
+mod images;
+mod instances;
+mod internal;
+pub mod peer;
+mod routes;
+mod serve;
+mod unjoined;
+pub mod upgraded;
+mod view;
 pub mod wire;
+
+pub use backend::Backend;
+pub use error::ApiError;
+pub use handlers::create_token;
+pub use internal::{CA_KEY_PURPOSE, answer_join, offer_cluster_key};
+pub use routes::{ROUTES, Route};
+pub use serve::{Caller, Connection, Server};
+pub use unjoined::{UnjoinedRequest, serve_unjoined};

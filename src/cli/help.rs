@@ -28,6 +28,7 @@ Cluster
   events       what happened
 
 Here
+  demo         a cluster on this machine alone, whose busiest node is killed
   context      clusters that this machine may talk to
   version      of this program and of the daemon
   help VERB    a verb's options and an example

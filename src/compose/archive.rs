@@ -1,6 +1,6 @@
 //! A tar whose bytes depend only on what is in it.
 //!
-//! Input: entries in any order. Output: an uncompressed ustar archive, sorted by path, with times and owners at zero
+//! Input: entries in any order. Output: an uncompressed GNU tar, sorted by path, with times and owners at zero
 //! unless given, so that unchanged content keeps its digest (`the_order_of_entries_makes_no_difference`).
 
 use std::collections::BTreeMap;

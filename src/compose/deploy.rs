@@ -76,13 +76,11 @@ impl Amounts {
             ("CPU", found.cpu_millis_max, found.reserved_cpu_millis, "thousandths"),
         ];
         for (what, limit, reserved, unit) in pairs {
-            if let (Some(limit), Some(reserved)) = (limit, reserved) {
-                if limit < reserved {
-                    let message = format_args!(
-                        "its {what} limit ({limit} {unit}) is below what it reserves ({reserved})"
-                    );
-                    problems.error_with(service, message, "raise the limit or reserve less");
-                }
+            let (Some(limit), Some(reserved)) = (limit, reserved) else { continue };
+            if limit < reserved {
+                let message =
+                    format_args!("its {what} limit ({limit} {unit}) is below what it reserves ({reserved})");
+                problems.error_with(service, message, "raise the limit or reserve less");
             }
         }
         found.clone()

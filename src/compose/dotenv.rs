@@ -5,6 +5,7 @@
 
 use super::interpolate::{InterpolateError, interpolate};
 use super::problem::shortened;
+use super::tree::FILE_BYTES_MAX;
 use std::collections::BTreeMap;
 
 /// Enough for a certificate; each line is searched again with the next.
@@ -22,8 +23,8 @@ pub enum DotenvError {
         #[source]
         source: InterpolateError,
     },
-    #[error("the file has {0} bytes, at most 1 MiB are read")]
-    TooLong(usize),
+    #[error("the file, or what it becomes with its variables, has more than {FILE_BYTES_MAX} bytes")]
+    TooLong,
 }
 
 /// Names and values of an environment file, in which later lines may use earlier ones.
@@ -31,12 +32,13 @@ pub fn parse_dotenv(
     text: &str,
     known: &BTreeMap<String, String>,
 ) -> Result<BTreeMap<String, Option<String>>, DotenvError> {
-    if text.len() > super::tree::FILE_BYTES_MAX {
-        return Err(DotenvError::TooLong(text.len()));
+    if text.len() > FILE_BYTES_MAX {
+        return Err(DotenvError::TooLong);
     }
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let mut variables = known.clone();
     let mut found = BTreeMap::new();
+    let mut bytes = 0;
     let mut lines = text.lines().enumerate();
     while let Some((index, content)) = lines.next() {
         let line = index + 1;
@@ -58,6 +60,10 @@ pub fn parse_dotenv(
             Some(value) => Some(read_value(value, line, &mut lines, &variables)?),
         };
         if let Some(value) = &value {
+            bytes += value.len();
+            if bytes > FILE_BYTES_MAX {
+                return Err(DotenvError::TooLong);
+            }
             // The surroundings' own value wins wherever both are known.
             variables.entry(name.to_owned()).or_insert_with(|| value.clone());
         }

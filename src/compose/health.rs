@@ -2,7 +2,7 @@
 //!
 //! Input: its mapping. Output: a check with Docker's defaults, or `None` and a problem.
 
-use super::keys::{self, supported};
+use super::keys::{self, is_neutral, supported};
 use super::problem::{Problems, Spot, shortened};
 use super::tree::Value;
 use super::values;
@@ -48,6 +48,11 @@ pub fn read_health(spot: &Spot<'_>, problems: &mut Problems) -> Option<HealthSpe
         return Some(health);
     }
     let Some(test) = test else {
+        // `disable: false` alone, as several apps ship it, leaves the image's own check alone.
+        let is_empty = spot.entries().all(|(key, entry)| key == "disable" || is_neutral(entry.node));
+        if is_empty {
+            return None;
+        }
         problems.error_with(
             spot,
             "has no `test`, and the times of an image's own check can't be changed yet",
@@ -75,7 +80,7 @@ fn read_test(spot: &Spot<'_>, problems: &mut Problems) -> Option<HealthTest> {
         Some("CMD" | "CMD-SHELL") => {
             problems.error_with(
                 spot,
-                "has no command",
+                "is not one command",
                 "write [CMD, program, argument…] or [CMD-SHELL, \"line\"]",
             );
             None

@@ -4,13 +4,17 @@
 //! A variable that is not set is empty and named; `$$` is a dollar sign.
 
 use super::problem::{Problems, Spot, shortened};
-use super::tree::{Node, Value};
+use super::tree::{Entry, Node, Value};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Defaults inside defaults; deeper is a mistake or an attack.
 const NESTED_MAX: usize = 16;
 /// What one value may become.
 const VALUE_BYTES_MAX: usize = 256 << 10;
+/// What all values together may become.
+const REPLACED_BYTES_MAX: usize = 4 << 20;
+/// The file is 0, `services` 1, a service 2: so deep stand the `x-*` keys of Compose.
+const EXTENSION_DEPTH_MAX: usize = 2;
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InterpolateError {
@@ -41,52 +45,65 @@ impl InterpolateError {
 
 /// Replaces the variables of all values below `root`, except of `x-*` keys that nothing reads.
 pub fn interpolate_tree(root: &Node, variables: &BTreeMap<String, String>, problems: &mut Problems) -> Node {
-    interpolate_node(&Spot::root(root), variables, problems)
+    let mut replacer = Replacer { variables, problems, bytes_left: REPLACED_BYTES_MAX };
+    replacer.node(&Spot::root(root), 0)
 }
 
-fn interpolate_node(spot: &Spot<'_>, variables: &BTreeMap<String, String>, problems: &mut Problems) -> Node {
-    let mut node = Node { position: spot.node.position, value: Value::Null };
-    node.value = match &spot.node.value {
-        Value::Null => Value::Null,
-        Value::Scalar(text) if !text.contains('$') => Value::Scalar(text.clone()),
-        Value::Scalar(text) => Value::Scalar(interpolate_value(spot, text, variables, problems)),
-        Value::Sequence(_) => {
-            Value::Sequence(spot.items().map(|item| interpolate_node(&item, variables, problems)).collect())
+struct Replacer<'v, 'p> {
+    variables: &'v BTreeMap<String, String>,
+    problems: &'p mut Problems,
+    bytes_left: usize,
+}
+
+impl Replacer<'_, '_> {
+    fn node(&mut self, spot: &Spot<'_>, depth: usize) -> Node {
+        let value = match &spot.node.value {
+            Value::Null => Value::Null,
+            Value::Scalar(text) if !text.contains('$') => Value::Scalar(text.clone()),
+            Value::Scalar(text) => Value::Scalar(self.text(spot, text)),
+            Value::Sequence(_) => {
+                Value::Sequence(spot.items().map(|item| self.node(&item, depth + 1)).collect())
+            }
+            Value::Mapping(entries) => {
+                let replaced = entries.iter().zip(spot.entries()).map(|(entry, (key, inner))| {
+                    // Deeper, in `environment` or `labels`, such a key is a key like any other.
+                    let is_extension = depth <= EXTENSION_DEPTH_MAX && key.starts_with("x-");
+                    let is_read = !is_extension || key == "x-tinydc";
+                    let value = if is_read { self.node(&inner, depth + 1) } else { entry.value.clone() };
+                    Entry { key: entry.key.clone(), position: entry.position, value }
+                });
+                Value::Mapping(replaced.collect())
+            }
+        };
+        Node { position: spot.node.position, value }
+    }
+
+    fn text(&mut self, spot: &Spot<'_>, text: &str) -> String {
+        if self.bytes_left == 0 {
+            return text.to_owned();
         }
-        Value::Mapping(entries) => {
-            let mut replaced = entries.clone();
-            for (entry, (key, inner)) in replaced.iter_mut().zip(spot.entries()) {
-                if !key.starts_with("x-") || key == "x-tinydc" {
-                    entry.value = interpolate_node(&inner, variables, problems);
+        match interpolate(text, self.variables) {
+            Ok(Interpolated { text, unset }) => {
+                for name in unset {
+                    let hint = format!("set it, or write `${{{name}:-}}` if that is meant");
+                    let message = format_args!("{name} is not set: an empty text stands in its place");
+                    self.problems.warning_with(spot, message, hint);
                 }
+                self.bytes_left = self.bytes_left.saturating_sub(text.len());
+                if self.bytes_left == 0 {
+                    let message =
+                        format_args!("with its variables the file has more than {REPLACED_BYTES_MAX} bytes");
+                    self.problems.error(spot, message);
+                }
+                text
             }
-            Value::Mapping(replaced)
-        }
-    };
-    node
-}
-
-fn interpolate_value(
-    spot: &Spot<'_>,
-    text: &str,
-    variables: &BTreeMap<String, String>,
-    problems: &mut Problems,
-) -> String {
-    match interpolate(text, variables) {
-        Ok(Interpolated { text, unset }) => {
-            for name in unset {
-                let hint = format!("set it, or write `${{{name}:-}}` if that is meant");
-                let message = format_args!("{name} is not set: an empty text stands in its place");
-                problems.warning_with(spot, message, hint);
+            Err(error) => {
+                match error.hint() {
+                    Some(hint) => self.problems.error_with(spot, error, hint),
+                    None => self.problems.error(spot, error),
+                }
+                text.to_owned()
             }
-            text
-        }
-        Err(error) => {
-            match error.hint() {
-                Some(hint) => problems.error_with(spot, error, hint),
-                None => problems.error(spot, error),
-            }
-            text.to_owned()
         }
     }
 }
@@ -103,16 +120,16 @@ pub fn interpolate(
     text: &str,
     variables: &BTreeMap<String, String>,
 ) -> Result<Interpolated, InterpolateError> {
-    let mut reader = Reader { rest: text, whole: text, variables, unset: BTreeSet::new() };
+    let mut reader = Reader { rest: text, whole: text, variables, unset: Vec::new() };
     let text = reader.read(0, false)?;
-    Ok(Interpolated { text, unset: reader.unset })
+    Ok(Interpolated { text, unset: reader.unset.into_iter().collect() })
 }
 
 struct Reader<'t> {
     rest: &'t str,
     whole: &'t str,
     variables: &'t BTreeMap<String, String>,
-    unset: BTreeSet<String>,
+    unset: Vec<String>,
 }
 
 impl Reader<'_> {
@@ -179,12 +196,12 @@ impl Reader<'_> {
         }
         self.rest = &self.rest[1 + usize::from(is_colon)..];
         // What is not used may name variables that are not set.
-        let unset_before = self.unset.clone();
+        let unset_before = self.unset.len();
         let operand = self.read(depth + 1, true)?;
         let usable = value.filter(|value| !is_colon || !value.is_empty());
         let is_operand_used = (operator == '+') == usable.is_some();
         if !is_operand_used {
-            self.unset = unset_before;
+            self.unset.truncate(unset_before);
         }
         match (operator, usable) {
             ('-', None) => Ok(operand),
@@ -214,7 +231,7 @@ impl Reader<'_> {
         match self.variables.get(name) {
             Some(value) => value.clone(),
             None => {
-                self.unset.insert(name.to_owned());
+                self.unset.push(name.to_owned());
                 String::new()
             }
         }

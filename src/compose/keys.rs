@@ -11,7 +11,7 @@ pub enum Rule {
     Supported,
     /// Nothing is lost: not even named.
     Silent,
-    /// Harmless, named with the reason.
+    /// Harmless, named with the reason, unless it asks for nothing.
     Ignored(&'static str),
     /// Without it the file would mean something else: reason, remedy. False, null and empty are always fine.
     Refused(&'static str, &'static str),
@@ -31,6 +31,7 @@ pub const FILE: Table = &[
     ("secrets", Ignored("only services could use them, and can't here: mount a file or use `environment`")),
     ("include", Refused("other files are not included", "copy their services into this file")),
     ("models", Refused("AI models are not run", "remove it")),
+    ("x-tinydc", Refused("stands in a service, not here", "move it into the services it is meant for")),
 ];
 
 const CAPABILITIES: Rule = Refused(
@@ -48,8 +49,8 @@ const KERNEL: Rule =
 const NAME_SERVER: &str = "names are resolved by tinydc, and those it doesn't know by the node's servers";
 
 pub const SERVICE: Table = &[
-    ("annotations", Silent),
-    ("attach", Silent),
+    ("annotations", Ignored("nothing reads them; write `labels`")),
+    ("attach", Ignored("nothing is attached; use `tinydc logs -f`")),
     ("blkio_config", Ignored("disk bandwidth is not divided")),
     ("build", Supported),
     ("cap_add", CAPABILITIES),
@@ -71,7 +72,7 @@ pub const SERVICE: Table = &[
     ("credential_spec", Refused("Windows credentials are not supported", "remove it")),
     ("depends_on", Supported),
     ("deploy", Supported),
-    ("develop", Silent),
+    ("develop", Ignored("files are not watched; deploy again")),
     ("device_cgroup_rules", DEVICES),
     ("devices", DEVICES),
     ("dns", Ignored(NAME_SERVER)),
@@ -126,6 +127,7 @@ pub const SERVICE: Table = &[
     ("profiles", Supported),
     ("provider", Refused("only containers are run", "remove this service")),
     ("pull_policy", Ignored("a tag becomes a digest at each deploy, and is pulled where it is missing")),
+    ("pull_refresh_after", Ignored("a tag becomes a digest at each deploy")),
     ("read_only", Supported),
     ("restart", Supported),
     ("runtime", Refused("tinydc is the runtime", "remove it")),
@@ -221,7 +223,7 @@ pub const MOUNT: Table = &[
     ("target", Supported),
     ("read_only", Supported),
     ("tmpfs", Supported),
-    ("bind", Silent),
+    ("bind", Supported),
     ("volume", Supported),
     ("consistency", Silent),
     ("image", Refused("images are not mounted", "copy the files into a volume")),
@@ -229,6 +231,13 @@ pub const MOUNT: Table = &[
 
 pub const MOUNT_TMPFS: Table =
     &[("size", Supported), ("mode", Ignored("a tmpfs is writable for everyone, as /tmp is"))];
+
+pub const MOUNT_BIND: Table = &[
+    ("create_host_path", Silent),
+    ("propagation", Ignored("mounts are private")),
+    ("recursive", Ignored("what is mounted below a path of a node comes along")),
+    ("selinux", Silent),
+];
 
 pub const MOUNT_VOLUME: Table = &[
     ("nocopy", Silent),
@@ -301,12 +310,9 @@ pub fn supported<'n>(
         match table.iter().find(|(name, _)| *name == key) {
             Some((name, Rule::Supported)) => wanted.push((*name, entry)),
             Some((_, Rule::Silent)) => {}
+            Some((_, Rule::Ignored(_) | Rule::Refused(..))) if is_neutral(entry.node) => {}
             Some((_, Rule::Ignored(why))) => problems.ignored(&entry, why),
-            Some((_, Rule::Refused(why, remedy))) => {
-                if !is_neutral(entry.node) {
-                    problems.error_with(&entry, why, *remedy);
-                }
-            }
+            Some((_, Rule::Refused(why, remedy))) => problems.error_with(&entry, why, *remedy),
             None if key.starts_with("x-") => {}
             None => unknown(&entry, key, table, problems),
         }
@@ -316,7 +322,8 @@ pub fn supported<'n>(
 
 fn unknown(entry: &Spot<'_>, key: &str, table: Table, problems: &mut Problems) {
     let names = table.iter().map(|(name, _)| *name);
-    match nearest(key, names) {
+    let near = if problems.is_full() { None } else { nearest(key, names) };
+    match near {
         Some(name) => {
             problems.error_with(entry, "is not a key of a Compose file", format!("did you mean `{name}`?"))
         }

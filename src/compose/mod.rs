@@ -110,6 +110,11 @@ fn read_file(text: &str, surroundings: &Surroundings<'_>, problems: &mut Problem
     let written = tree::read_tree(text, problems)?;
     let root = interpolate::interpolate_tree(&written, surroundings.environment, problems);
     let root_spot = Spot::root(&root);
+    if !matches!(root.value, tree::Value::Mapping(_)) {
+        let message = format_args!("the file is {}, not a mapping", root.kind());
+        problems.error_with(&root_spot, message, "a Compose file begins with `services:`");
+        return None;
+    }
     let is_old = root.entry("services").is_none()
         && root.entries().iter().any(|entry| entry.value.entry("image").is_some());
     if is_old {
@@ -228,13 +233,15 @@ fn read_service_networks(service: &Spot<'_>, networks: &BTreeSet<String>, proble
             uses.push((name, entry));
         }
     }
+    let mut is_fine = true;
     for (name, entry) in &uses {
         if *name != "default" && !networks.contains(*name) {
             let message = format_args!("the network {:?} is not declared", shortened(name));
             problems.error_with(entry, message, "add it under the top-level `networks:`, or remove it");
+            is_fine = false;
         }
     }
-    if uses.iter().any(|(name, _)| *name != "default") {
+    if is_fine && uses.iter().any(|(name, _)| *name != "default") {
         problems.ignored(&spot, "all services of an app reach one another");
     }
 }

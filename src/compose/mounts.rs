@@ -16,6 +16,8 @@ use std::collections::{BTreeMap, BTreeSet};
 const DIRECTORY_PREFIX: &str = "dir-";
 const ANONYMOUS_PREFIX: &str = "anonymous-";
 const VOLUME_NAME_BYTES_MAX: usize = 128;
+/// PATH_MAX of Linux.
+const PATH_BYTES_MAX: usize = 4096;
 
 /// All mounts of the app while it is read.
 pub struct Mounts<'n> {
@@ -128,6 +130,10 @@ impl<'n> Mounts<'n> {
         if source.starts_with('/') {
             return host_path(&source, spot, problems).and_then(mount);
         }
+        if source.len() >= PATH_BYTES_MAX || source.contains('\0') {
+            problems.error(spot, format_args!("{:?} is not a path", shortened(&source)));
+            return None;
+        }
         let path = clean_relative(&source);
         self.binds.push(Bind { spot: spot.clone(), service: service.to_owned(), path, target, is_read_only });
         None
@@ -141,7 +147,8 @@ impl<'n> Mounts<'n> {
         }
         if !self.declared.contains(name) {
             let message = format_args!("the volume {:?} is not declared", shortened(name));
-            let near = keys::nearest(name, self.declared.iter().map(String::as_str));
+            let names = self.declared.iter().map(String::as_str);
+            let near = if problems.is_full() { None } else { keys::nearest(name, names) };
             let hint = match near {
                 Some(near) => format!("did you mean `{near}`?"),
                 None => format!("add `{}:` under the top-level `volumes:`", shortened(name)),
@@ -240,7 +247,7 @@ fn nested(
 }
 
 fn host_path(path: &str, spot: &Spot<'_>, problems: &mut Problems) -> Option<MountSource> {
-    let Some(path) = clean_target(path) else {
+    let Some(path) = clean_host_path(path) else {
         problems.error_with(
             spot,
             format_args!("{:?} is not a path of a node", shortened(path)),
@@ -312,6 +319,7 @@ fn read_long(spot: &Spot<'_>, problems: &mut Problems) -> Option<Item> {
                     item.tmpfs_bytes_max = values::bytes(&size, problems).filter(|size| *size > 0);
                 }
             }
+            "bind" => drop(supported(&entry, keys::MOUNT_BIND, problems)),
             _ => drop(supported(&entry, keys::MOUNT_VOLUME, problems)),
         }
     }
@@ -385,11 +393,10 @@ pub fn read_declared(spot: &Spot<'_>, problems: &mut Problems) -> BTreeSet<Strin
         }
         declared.insert(name.to_owned());
         for (_, driver) in supported(&entry, keys::VOLUME, problems) {
-            if let Some(text) = values::text(&driver, problems) {
-                if !matches!(text, "local" | "default" | "") {
-                    let message = format_args!("there is no volume driver {:?}", shortened(text));
-                    problems.error_with(&driver, message, "remove it: volumes are directories on one node");
-                }
+            let text = values::text(&driver, problems).unwrap_or("");
+            if !matches!(text, "local" | "default" | "") {
+                let message = format_args!("there is no volume driver {:?}", shortened(text));
+                problems.error_with(&driver, message, "remove it: volumes are directories on one node");
             }
         }
     }
@@ -407,8 +414,15 @@ fn is_volume_name(text: &str) -> bool {
 fn clean_target(text: &str) -> Option<String> {
     let parts: Vec<&str> =
         text.strip_prefix('/')?.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
-    let is_fine = !parts.is_empty() && !parts.contains(&"..") && !text.contains('\0');
+    let is_fine =
+        text.len() < PATH_BYTES_MAX && !parts.is_empty() && !parts.contains(&"..") && !text.contains('\0');
     is_fine.then(|| format!("/{}", parts.join("/")))
+}
+
+/// An absolute path of a node, which may be `/`.
+fn clean_host_path(text: &str) -> Option<String> {
+    let is_root = text.split('/').all(|part| matches!(part, "" | "."));
+    if is_root { Some("/".to_owned()) } else { clean_target(text) }
 }
 
 /// A relative path beginning with `./` or `../`, or `.`; two ways to write the same path become one.

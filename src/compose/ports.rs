@@ -7,7 +7,7 @@ use super::keys::{self, supported};
 use super::problem::{Problems, Spot, shortened};
 use super::values;
 use crate::model::{PortSpec, Protocol};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 
@@ -37,7 +37,13 @@ enum PortError {
 /// Where a port of the file is published, to find who else wants it.
 #[derive(Default)]
 pub struct Published {
-    taken: BTreeMap<(Protocol, u16), Vec<(Option<Ipv4Addr>, String, usize)>>,
+    taken: BTreeMap<(Protocol, u16), Vec<Taken>>,
+}
+
+struct Taken {
+    address: Option<Ipv4Addr>,
+    path: String,
+    line: usize,
 }
 
 /// The ports of one service.
@@ -46,15 +52,15 @@ pub fn read_ports(spot: &Spot<'_>, published: &mut Published, problems: &mut Pro
     if !values::is_list(spot, problems) {
         return ports;
     }
-    for item in spot.items() {
+    let mut seen = BTreeSet::new();
+    for (index, item) in spot.items().enumerate() {
         for port in read_item(&item, problems) {
-            if ports.contains(&port) {
-                continue;
+            if seen.insert(port.clone()) {
+                published.add(&port, &item, problems);
+                ports.push(port);
             }
-            published.add(&port, &item, problems);
-            ports.push(port);
         }
-        if ports.len() > PORTS_PER_SERVICE_MAX {
+        if ports.len().max(index) > PORTS_PER_SERVICE_MAX {
             problems.error(spot, format_args!("has more than {PORTS_PER_SERVICE_MAX} ports"));
             return Vec::new();
         }
@@ -68,16 +74,17 @@ impl Published {
         let taken = self.taken.entry((port.protocol, number)).or_default();
         let address = port.host_address;
         // An address overlaps with itself and with "all addresses".
-        let other =
-            taken.iter().find(|(other, ..)| *other == address || other.is_none() || address.is_none());
-        if let Some((_, path, line)) = other {
+        let other = taken
+            .iter()
+            .find(|other| other.address == address || other.address.is_none() || address.is_none());
+        if let Some(Taken { path, line, .. }) = other {
             let protocol = port.protocol.name();
             let message =
                 format_args!("port {number}/{protocol} is already published by {path} on line {line}");
             problems.error_with(spot, message, "publish one of them elsewhere");
             return;
         }
-        taken.push((address, spot.path.clone(), spot.position().line));
+        taken.push(Taken { address, path: spot.path.clone(), line: spot.position().line });
     }
 }
 
@@ -101,10 +108,10 @@ fn parse_short(text: &str) -> Result<Vec<PortSpec>, PortError> {
         Some((before, protocol)) => (before, parse_protocol(protocol)?),
         None => (text, Protocol::Tcp),
     };
-    if address_and_ports.contains(['[', ']']) || address_and_ports.contains("::") {
+    let parts: Vec<&str> = address_and_ports.split(':').collect();
+    if address_and_ports.contains(['[', ']']) || (parts.len() > 3 && address_and_ports.contains("::")) {
         return Err(PortError::IpV6(shortened(address_and_ports)));
     }
-    let parts: Vec<&str> = address_and_ports.split(':').collect();
     let (address, published, target) = match parts[..] {
         [target] => (None, "", target),
         [published, target] => (None, published, target),

@@ -55,7 +55,7 @@ pub struct Position {
     pub column: usize,
 }
 
-/// Past this many a file is not a Compose file, and nobody reads on.
+/// Past this many only errors are kept, past twice as many they are only counted: nobody reads on.
 const PROBLEMS_MAX: usize = 200;
 
 /// Collects problems.
@@ -64,24 +64,28 @@ pub struct Problems {
     file: String,
     found: Vec<Problem>,
     has_errors: bool,
+    /// Found after the list was full.
+    left_out: usize,
 }
 
 impl Problems {
     pub fn new(file: &str) -> Problems {
-        Problems { file: file.to_owned(), found: Vec::new(), has_errors: false }
+        Problems { file: file.to_owned(), found: Vec::new(), has_errors: false, left_out: 0 }
     }
 
     pub fn has_errors(&self) -> bool {
         self.has_errors
     }
 
+    /// Whether what is found now is hardly read: no need to think about hints.
+    pub fn is_full(&self) -> bool {
+        self.found.len() >= PROBLEMS_MAX
+    }
+
     pub fn add(&mut self, severity: Severity, position: Position, message: String, hint: Option<String>) {
         self.has_errors |= severity == Severity::Error;
-        // An error is never dropped for a note that came first.
-        if self.found.len() >= PROBLEMS_MAX && severity != Severity::Error {
-            return;
-        }
-        if self.found.len() >= 2 * PROBLEMS_MAX {
+        if self.is_full() && (severity != Severity::Error || self.found.len() >= 2 * PROBLEMS_MAX) {
+            self.left_out += 1;
             return;
         }
         let Position { line, column } = position;
@@ -107,10 +111,21 @@ impl Problems {
     /// Sorted by line, then severity; what an alias repeated is named once.
     pub fn into_sorted(self) -> Vec<Problem> {
         let mut found = self.found;
+        let line_last = found.iter().map(|problem| problem.line).max().unwrap_or(0);
         found.sort_by(|a, b| {
             (a.line, a.column, a.severity, &a.message).cmp(&(b.line, b.column, b.severity, &b.message))
         });
         found.dedup();
+        if self.left_out > 0 {
+            found.push(Problem {
+                severity: Severity::Warning,
+                file: self.file,
+                line: line_last,
+                column: 1,
+                message: format!("{} more problems are not shown", self.left_out),
+                hint: None,
+            });
+        }
         found
     }
 }

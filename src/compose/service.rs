@@ -40,8 +40,10 @@ pub fn read_service<'n>(
     let spec = ServiceSpec::new(ImageSpec { reference: String::new(), digest: None });
     let mut reader = ServiceReader { spec, replicas: None, mode: None, amounts: Amounts::default() };
     let entries = supported(spot, keys::SERVICE, problems);
-    if spot.node.is_null() {
-        problems.error_with(spot, "is empty", "name its image");
+    if spot.node.entries().is_empty() {
+        if is_neutral(spot.node) {
+            problems.error_with(spot, "is empty", "name its image");
+        }
         return reader.spec;
     }
     reader.read_image(spot, problems);

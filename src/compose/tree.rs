@@ -195,11 +195,8 @@ impl<'t> Builder<'t, '_> {
                 Event::SequenceEnd | Event::MappingEnd => self.end(),
                 Event::Nothing | Event::StreamStart | Event::StreamEnd | Event::DocumentEnd => None,
             };
-            if let Some((node, anchor, is_merge)) = complete {
-                if let Some(node) = self.place(node, anchor, is_merge)? {
-                    root = Some(node);
-                }
-            }
+            let Some((node, anchor, is_merge)) = complete else { continue };
+            root = self.place(node, anchor, is_merge)?.or(root);
         }
         Ok(root.filter(|node| !node.is_null()))
     }

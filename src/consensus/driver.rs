@@ -96,6 +96,16 @@ impl Driver {
         })
     }
 
+    /// A sole voter need not wait for a leader that can't exist.
+    pub fn campaign_if_alone(&mut self) {
+        let conf = self.log.conf_state();
+        let is_alone = conf.voters == [self.config.id.0] && conf.voters_outgoing.is_empty();
+        if is_alone && self.node.campaign().is_err() {
+            // Refused while something is still to be applied: the election timeout comes to it.
+            self.fix_election_timeout();
+        }
+    }
+
     pub fn tick(&mut self) {
         if self.installing.is_none() {
             self.fix_election_timeout();

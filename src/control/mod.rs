@@ -192,7 +192,8 @@ impl Control {
                 state.load_row(row.kind, &row.key, body)?;
             }
         }
-        let driver = Driver::new(DriverConfig { id: config.node, seed: config.seed }, &stored)?;
+        let mut driver = Driver::new(DriverConfig { id: config.node, seed: config.seed }, &stored)?;
+        driver.campaign_if_alone();
         Ok(Control {
             driver,
             applied: (stored.applied, 0),

@@ -4,6 +4,7 @@
 //! Every `unsafe` block lists what it relies on.
 
 pub mod cgroup;
+pub mod clock;
 pub mod mount;
 pub mod netns;
 pub mod process;

@@ -1,15 +1,235 @@
-//! Builds everything in order and stops it in reverse.
+//! Builds everything in order and stops it in reverse: the daemon, `tinydc node run`.
+//!
+//! Unjoined it answers only `init` and `join` on its local socket. As a member it runs the replica, the transport,
+//! the agent and the API, until it is told to stop, its disk fails, or the cluster has let it go.
 
+mod config;
+mod founding;
+mod machine;
+mod member;
+mod outgoing;
+mod socket;
+
+pub use config::{Config, ConfigError};
+
+use crate::api::wire::{InitReply, InitRequest, JoinBody, JoinDone};
+use crate::api::{ApiError, UnjoinedRequest, serve_unjoined};
+use crate::transport::identity::Identity;
+use anyhow::{Context, Result, bail};
+use async_executor::Executor;
+use async_io::Async;
+use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread;
+use tracing::{info, warn};
+
+/// Threads that run tasks: one for the network, one so that a busy handler delays nobody.
+const EXECUTOR_THREADS: usize = 2;
 
 #[derive(Clone, Debug, Default)]
 pub struct RunOptions {
-    /// `None`: `/etc/tinydc.toml`, if it exists.
     pub config: Option<PathBuf>,
     pub data_dir: Option<PathBuf>,
 }
 
-/// Runs the daemon until it is told to stop.
-pub fn run(_options: RunOptions) -> anyhow::Result<()> {
-    anyhow::bail!("the daemon is not built yet")
+/// Why a member's run ended.
+pub(crate) enum Ended {
+    Stopped,
+    /// It belongs to no cluster any more.
+    Removed,
+    Failed(String),
+}
+
+/// Somebody waits on the local socket for what `init` or `join` came to.
+pub(crate) enum Awaiting {
+    Nobody,
+    Init { reply: async_channel::Sender<Result<InitReply, ApiError>>, recovery_key: String },
+    Join { reply: async_channel::Sender<Result<JoinDone, ApiError>> },
+}
+
+pub fn run(options: RunOptions) -> Result<()> {
+    let mut config = Config::load(options.config.as_deref())?;
+    if options.data_dir.is_some() {
+        config.data_dir = options.data_dir;
+    }
+    crate::telemetry::start(config.log.as_deref().unwrap_or("info"));
+    abort_on_panic();
+    let executor = Arc::new(Executor::new());
+    let (stop_threads, stopped) = async_channel::bounded::<()>(1);
+    let threads: Vec<thread::JoinHandle<()>> = (0..EXECUTOR_THREADS)
+        .map(|number| {
+            let (executor, stopped) = (executor.clone(), stopped.clone());
+            thread::Builder::new().name(format!("tasks-{number}")).spawn(move || {
+                // Returns when the channel is closed below.
+                let _ = async_io::block_on(executor.run(stopped.recv()));
+            })
+        })
+        .collect::<Result<_, _>>()
+        .context("start a thread")?;
+    let outcome = async_io::block_on(executor.run(serve(config, executor.clone())));
+    stop_threads.close();
+    for thread in threads {
+        // A task that panicked has aborted the process.
+        let _ = thread.join();
+    }
+    outcome
+}
+
+/// A dead thread in a live daemon is worse than a restart.
+fn abort_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
+}
+
+async fn serve(config: Config, executor: Arc<Executor<'static>>) -> Result<()> {
+    let data_dir = config.data_dir();
+    std::fs::create_dir_all(&data_dir).with_context(|| format!("create {}", data_dir.display()))?;
+    let _lock = socket::lock_data_dir(&data_dir)?;
+    let run_dir = config.run_dir();
+    let listener = socket::listen(&run_dir)?;
+    let signals = async_signal::Signals::new([async_signal::Signal::Term, async_signal::Signal::Int])
+        .context("listen for signals")?;
+    let (stop, stopping) = async_channel::bounded::<()>(1);
+    let listen_for_stop = executor.spawn(async move {
+        use futures_lite::StreamExt;
+        let mut signals = signals;
+        while let Some(Ok(signal)) = signals.next().await {
+            info!(?signal, "asked to stop");
+            // A second signal finds the channel full.
+            let _ = stop.try_send(());
+        }
+    });
+    let outcome = loop {
+        let identity = Identity::load(&data_dir)?;
+        let is_member = identity.as_ref().is_some_and(|identity| identity.membership.is_some());
+        let awaiting = match is_member {
+            true => Awaiting::Nobody,
+            false => match wait_unjoined(&config, &executor, &listener, &stopping).await? {
+                Some(awaiting) => awaiting,
+                None => break Ok(()),
+            },
+        };
+        let Some(identity) = Identity::load(&data_dir)? else { bail!("the identity has vanished") };
+        match member::run(&config, &executor, &listener, &stopping, identity, awaiting).await? {
+            Ended::Stopped => break Ok(()),
+            Ended::Failed(why) => break Err(anyhow::anyhow!(why)),
+            Ended::Removed => {
+                founding::unjoin(&data_dir);
+                warn!("this node belongs to no cluster any more");
+            }
+        }
+    };
+    listen_for_stop.cancel().await;
+    // Gone already when another daemon took the place.
+    let _ = std::fs::remove_file(run_dir.join(socket::FILE));
+    outcome
+}
+
+/// Answers the local socket until `init` or `join` succeeded; `None` when asked to stop.
+async fn wait_unjoined(
+    config: &Config,
+    executor: &Arc<Executor<'static>>,
+    listener: &Arc<Async<UnixListener>>,
+    stopping: &async_channel::Receiver<()>,
+) -> Result<Option<Awaiting>> {
+    let data_dir = config.data_dir();
+    let node_name = config.name.clone().unwrap_or_else(machine::host_name);
+    if config.bootstrap {
+        let (containers, vips) = config.network.as_deref().and_then(|text| text.split_once(' ')).unzip();
+        let wish = InitRequest {
+            name: None,
+            container_range: containers.map(String::from),
+            vip_range: vips.map(String::from),
+        };
+        let founded =
+            founding::init(&data_dir, &node_name, &wish).map_err(|error| anyhow::anyhow!("{error}"))?;
+        info!("founded a cluster, as `bootstrap = true` says");
+        println!("recovery key: {}", founded.recovery_key);
+        return Ok(Some(Awaiting::Nobody));
+    }
+    let (sender, requests) = async_channel::bounded(4);
+    let accepting = {
+        let (listener, executor) = (listener.clone(), executor.clone());
+        let tasks = executor.clone();
+        executor.spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tasks.spawn(serve_unjoined(stream, sender.clone())).detach();
+            }
+        })
+    };
+    info!(socket = %config.run_dir().join(socket::FILE).display(),
+        "this node belongs to no cluster: found one with `tinydc init`, or join one with `tinydc join TOKEN`");
+    let by_config = config.join.clone().map(|token| JoinBody { token, replace: None });
+    let mut retry_join = by_config.is_some();
+    let awaiting = loop {
+        if retry_join && let Some(wish) = &by_config {
+            match founding::join(executor.clone(), &data_dir, &node_name, wish).await {
+                Ok(_) => break Some(Awaiting::Nobody),
+                Err(error) => warn!(%error, "join by the token of the configuration; trying again in 10 s"),
+            }
+        }
+        retry_join = false;
+        let next = futures_lite::future::or(
+            async { Next::Request(requests.recv().await.ok()) },
+            futures_lite::future::or(
+                async {
+                    let _ = stopping.recv().await;
+                    Next::Stop
+                },
+                async {
+                    async_io::Timer::after(std::time::Duration::from_secs(10)).await;
+                    Next::Retry
+                },
+            ),
+        )
+        .await;
+        match next {
+            Next::Stop | Next::Request(None) => break None,
+            Next::Retry => retry_join = true,
+            Next::Request(Some(request)) => {
+                if let Some(awaiting) = take(request, executor, &data_dir, &node_name).await {
+                    break Some(awaiting);
+                }
+            }
+        }
+    };
+    accepting.cancel().await;
+    Ok(awaiting)
+}
+
+enum Next {
+    Request(Option<UnjoinedRequest>),
+    Retry,
+    Stop,
+}
+
+async fn take(
+    request: UnjoinedRequest,
+    executor: &Arc<Executor<'static>>,
+    data_dir: &std::path::Path,
+    node_name: &str,
+) -> Option<Awaiting> {
+    match request {
+        UnjoinedRequest::Init { wish, reply } => match founding::init(data_dir, node_name, &wish) {
+            Ok(founded) => Some(Awaiting::Init { reply, recovery_key: founded.recovery_key }),
+            Err(error) => {
+                // Whoever asked may have gone.
+                let _ = reply.send(Err(error)).await;
+                None
+            }
+        },
+        UnjoinedRequest::Join { wish, reply } => {
+            match founding::join(executor.clone(), data_dir, node_name, &wish).await {
+                Ok(_) => Some(Awaiting::Join { reply }),
+                Err(error) => {
+                    let _ = reply.send(Err(error)).await;
+                    None
+                }
+            }
+        }
+    }
 }

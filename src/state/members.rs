@@ -13,6 +13,8 @@ const TOKENS_MAX: usize = 256;
 const USERS_MAX: usize = 256;
 const KEYS_PER_USER_MAX: usize = 32;
 const LABELS_MAX: usize = 64;
+/// Far more boards than a cluster ever wears out.
+const REMOVED_KEYS_MAX: usize = 4096;
 
 pub fn found(state: &mut State, cluster: &Cluster, node: &JoinNode) -> Outcome {
     if state.cluster().is_some() {
@@ -189,7 +191,14 @@ fn forget_node(state: &mut State, id: NodeId) {
             artifact.holders.remove(&id);
         });
     }
-    state.nodes.remove(&id);
+    if let Some(node) = state.nodes.remove(&id) {
+        let now = state.time();
+        state.removed_keys.put(node.public_key, now);
+    }
+    while state.removed_keys.len() > REMOVED_KEYS_MAX {
+        let oldest = state.removed_keys.iter().min_by_key(|(_, at)| **at).map(|(key, _)| *key);
+        oldest.map(|key| state.removed_keys.remove(&key));
+    }
     super::deploy::sweep_removed(state);
 }
 

@@ -35,7 +35,8 @@ pub use rows::{
 pub use table::{RowChange, RowError, Table};
 
 use crate::model::{
-    AppName, Artifact, Digest, Instance, InstanceId, Node, NodeId, RequestId, ServiceId, Settings, TokenId,
+    AppName, Artifact, Digest, Instance, InstanceId, Node, NodeId, PublicKey, RequestId, ServiceId, Settings,
+    Timestamp, TokenId,
 };
 
 /// Declares the state's tables once: the struct, and what is done with every table.
@@ -93,6 +94,8 @@ tables! {
     12 events: u64 => Event,
     /// By log index: which outcome is the oldest.
     13 outcome_order: u64 => RequestId,
+    /// Keys of nodes that were removed: their certificates never end, so they are refused by name.
+    14 removed_keys: PublicKey => Timestamp,
 }
 
 impl State {
@@ -101,7 +104,7 @@ impl State {
     }
 
     /// Cluster time of the last applied entry.
-    pub fn time(&self) -> crate::model::Timestamp {
+    pub fn time(&self) -> Timestamp {
         self.meta.find(&()).map(|meta| meta.time).unwrap_or_default()
     }
 
@@ -136,6 +139,11 @@ impl State {
         service.spec.volume_names().find_map(|name| {
             self.volumes.find(&VolumeKey::new(&service.app, name)).and_then(|volume| volume.node)
         })
+    }
+
+    /// What exists on one node alone: volumes, and images that no registry gives again.
+    pub fn only_copies(&self, node: NodeId) -> Vec<String> {
+        members::only_copies(self, node)
     }
 
     /// `APP/SERVICE.N`, or the bare id once its service is gone.

@@ -180,7 +180,7 @@ struct Announcer {
 impl Announcer {
     fn announcement(&self, is_answer: bool) -> Announcement {
         Announcement {
-            cluster: self.shared.membership.cluster_id.announced_hash(),
+            cluster: super::ids::announced_hash(self.shared.membership.cluster_id),
             node: self.shared.node_id(),
             port: self.shared.listen_port,
             is_answer,

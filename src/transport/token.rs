@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::codeword::{self, CodewordError};
 use super::ids::AuthorityHash;
 use super::sealing::{SealError, random_bytes};
+pub use crate::model::TokenId;
 
 pub const TOKEN_ADDRESSES_MAX: usize = 6;
 
@@ -40,16 +41,6 @@ pub enum TokenError {
     Text(#[from] CodewordError),
     #[error("this token is of a newer tinydc")]
     Content,
-}
-
-/// Names a token in lists and in the state; not secret.
-#[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct TokenId(pub u32);
-
-impl fmt::Display for TokenId {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{:08x}", self.0)
-    }
 }
 
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]

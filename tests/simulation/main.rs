@@ -5,11 +5,13 @@
 
 mod checks;
 mod disk;
+mod fate;
 mod linearizable;
 mod world;
 
+use fate::{Bug, Report};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use world::{Bug, Report, World};
+use world::World;
 
 const SEEDS_IN_CI: u64 = 200;
 

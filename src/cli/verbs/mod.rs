@@ -3,6 +3,7 @@
 mod apps;
 mod cluster;
 mod context;
+mod demo;
 mod deploy;
 mod events;
 mod exec;
@@ -31,6 +32,7 @@ pub struct Command {
 #[argh(subcommand)]
 pub enum Verb {
     Context(context::Context),
+    Demo(demo::Demo),
     Deploy(deploy::Deploy),
     Down(remove::Down),
     Events(events::Events),
@@ -66,6 +68,7 @@ impl Verb {
 pub async fn run(session: &Session, verb: Verb) -> anyhow::Result<()> {
     match verb {
         Verb::Context(verb) => verb.run(session).await,
+        Verb::Demo(verb) => verb.run(),
         Verb::Deploy(verb) => verb.run(session).await,
         Verb::Down(verb) => verb.run(session).await,
         Verb::Events(verb) => verb.run(session).await,

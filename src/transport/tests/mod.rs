@@ -100,7 +100,7 @@ impl Site {
             data_dir: folder.path().into(),
             identity: identity.clone(),
             feature_level: 1,
-            start_id: StartId(start),
+            start_id: StartId(u128::from(start)),
             fingerprint: 1,
             peer_names: Vec::new(),
             announce_port,

@@ -1,0 +1,418 @@
+//! What each route does, apart from instances, images and what nodes ask of each other.
+
+use super::backend::{Backend, Reading};
+use super::body::{self, Reply};
+use super::error::ApiError;
+use super::routes::{Match, Verb, decode};
+use super::serve::Caller;
+use super::view::{Live, View};
+use super::wire::*;
+use super::{exec, images, instances, internal};
+use crate::model::*;
+use crate::state::{Command, Reply as StateReply, RequestMark, Role, TokenKind};
+use crate::transport::ids::AuthorityHash;
+use crate::transport::token::{Token, TokenKind as TokenText, TokenSecret};
+use bytes::Bytes;
+use hyper::Request;
+use hyper::body::Incoming;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+pub const OPENAPI: &str = include_str!("openapi.json");
+
+const TOKEN_VALID_SECONDS: u64 = 24 * 3600;
+const TOKEN_VALID_SECONDS_MAX: u64 = 365 * 24 * 3600;
+/// How often a follower of events looks.
+const EVENTS_EVERY: Duration = Duration::from_millis(250);
+
+pub async fn handle(
+    backend: &Arc<Backend>,
+    caller: &Caller,
+    found: Match,
+    request: Request<Incoming>,
+) -> Result<Reply, ApiError> {
+    let query = query_of(&request);
+    match found.verb {
+        Verb::Version => body::ok(&version(backend)),
+        Verb::OpenApi => Ok(openapi()),
+        Verb::Status => status(backend, query.get("app").map(String::as_str)).await,
+        Verb::Apps => apps(backend).await,
+        Verb::Deploy => images::deploy(backend, &found.name, request).await,
+        Verb::RemoveApp => remove_app(backend, &found.name, &query, &request).await,
+        Verb::Scale => scale(backend, &found.name, request).await,
+        Verb::Instances => instances::list(backend, &query).await,
+        Verb::Logs => instances::logs(backend, &found.name, &query, request).await,
+        Verb::Exec => exec::exec(backend, &found.name, request).await,
+        Verb::Nodes | Verb::Node | Verb::RemoveNode | Verb::Drain | Verb::Activate | Verb::Labels => {
+            nodes(backend, found, &query, request).await
+        }
+        Verb::Tokens | Verb::CreateToken | Verb::RemoveToken | Verb::Users | Verb::RemoveUser => {
+            people(backend, found, request).await
+        }
+        Verb::Settings | Verb::ChangeSetting => settings(backend, found, request).await,
+        Verb::Images => images::list(backend).await,
+        Verb::LoadImages => images::load(backend, request).await,
+        Verb::RemoveImage => images::remove(backend, &found.name, &request).await,
+        Verb::PutContent => images::put_content(backend, request).await,
+        Verb::Events => events(backend, query.contains_key("follow")).await,
+        Verb::Leave => leave(backend, request).await,
+        Verb::InternalWrite
+        | Verb::InternalBlob
+        | Verb::InternalLive
+        | Verb::InternalKey
+        | Verb::InternalJoin => internal::handle(backend, caller, found, request).await,
+    }
+}
+
+pub fn query_of<B>(request: &Request<B>) -> BTreeMap<String, String> {
+    let pairs = request.uri().query().unwrap_or_default().split('&').filter(|pair| !pair.is_empty());
+    pairs
+        .filter_map(|pair| {
+            let (key, value) = pair.split_once('=').unwrap_or((pair, "true"));
+            Some((decode(key)?, decode(&value.replace('+', "%20"))?))
+        })
+        .filter(|(_, value)| value != "false")
+        .collect()
+}
+
+/// The request id that a client minted, so that its retry is told from a second wish.
+pub fn mark_of<B>(
+    backend: &Backend,
+    request: &Request<B>,
+    command: &Command,
+) -> Result<Option<RequestMark>, ApiError> {
+    let Some(header) = request.headers().get("idempotency-key") else { return Ok(None) };
+    let id = header.to_str().ok().and_then(|text| text.parse::<RequestId>().ok());
+    let id = id.ok_or_else(|| ApiError::invalid("Idempotency-Key is 128 bits as 32 hex digits"))?;
+    Ok(Some(backend.mark(id, command)))
+}
+
+pub fn app_name(text: &str) -> Result<AppName, ApiError> {
+    AppName::new(text).map_err(|error| ApiError::invalid(error.to_string()))
+}
+
+/// Where nodes are on the LAN, as this node's connections show it.
+pub fn lan_addresses(backend: &Backend) -> BTreeMap<NodeId, IpAddr> {
+    let mut addresses: BTreeMap<NodeId, IpAddr> = backend
+        .transport
+        .connections()
+        .into_iter()
+        .map(|(node, connection)| (node, connection.address.ip().to_canonical()))
+        .collect();
+    let own = backend.transport.local_addresses();
+    if let Some(address) =
+        own.iter().map(SocketAddr::ip).find(|address| address.is_ipv4() && !address.is_loopback())
+    {
+        addresses.insert(backend.node, address);
+    }
+    addresses
+}
+
+/// A reading with what it takes to show it.
+pub struct Shown {
+    pub reading: Reading,
+    pub live: Live,
+    pub addresses: BTreeMap<NodeId, IpAddr>,
+}
+
+impl Shown {
+    pub fn view<'a>(&'a self, backend: &'a Backend) -> View<'a> {
+        View {
+            state: &self.reading.state,
+            status: &self.reading.status,
+            live: &self.live,
+            addresses: &self.addresses,
+            data_dir: &backend.ground.data_dir,
+        }
+    }
+}
+
+pub async fn shown(backend: &Arc<Backend>, wants_live: bool) -> Result<Shown, ApiError> {
+    let reading = backend.reading().await?;
+    let live = match wants_live {
+        true => internal::gather_live(backend, &reading.state).await,
+        false => Live::new(),
+    };
+    Ok(Shown { reading, live, addresses: lan_addresses(backend) })
+}
+
+fn version(backend: &Backend) -> VersionBody {
+    let state = backend.replica.state();
+    VersionBody {
+        version: env!("CARGO_PKG_VERSION").into(),
+        architecture: Architecture::own().to_string(),
+        cluster: state.cluster().map(|cluster| cluster.name.clone()),
+        node: Some(state.node_name(backend.node)),
+    }
+}
+
+fn openapi() -> Reply {
+    let mut reply = hyper::Response::new(body::full(OPENAPI));
+    reply.headers_mut().insert("content-type", hyper::header::HeaderValue::from_static("application/json"));
+    reply
+}
+
+async fn status(backend: &Arc<Backend>, app: Option<&str>) -> Result<Reply, ApiError> {
+    let shown = shown(backend, true).await?;
+    let view = shown.view(backend);
+    let state = &shown.reading.state;
+    if let Some(name) = app
+        && !state.apps.contains(&app_name(name)?)
+    {
+        return Err(ApiError::not_found("app", name));
+    }
+    let is_wanted = |name: &AppName| app.is_none_or(|app| app == name.as_str());
+    body::ok(&StatusBody {
+        freshness: shown.reading.freshness.clone(),
+        cluster: state.cluster().map(|cluster| cluster.name.clone()).unwrap_or_default(),
+        node: state.node_name(backend.node),
+        leader: shown.reading.status.leader.map(|leader| state.node_name(leader)),
+        cluster_time: shown.reading.status.cluster_time.to_string(),
+        nodes: state.nodes.rows().map(|node| view.node(node)).collect(),
+        services: state
+            .services
+            .rows()
+            .filter(|service| is_wanted(&service.app))
+            .map(|service| view.service(service))
+            .collect(),
+        volumes: state
+            .volumes
+            .rows()
+            .filter(|volume| is_wanted(&volume.app))
+            .map(|volume| view.volume(volume))
+            .collect(),
+    })
+}
+
+async fn apps(backend: &Arc<Backend>) -> Result<Reply, ApiError> {
+    let shown = shown(backend, false).await?;
+    let view = shown.view(backend);
+    let apps = shown.reading.state.apps.rows().map(|app| view.app(app)).collect();
+    body::ok(&AppsBody { freshness: shown.reading.freshness.clone(), apps })
+}
+
+async fn remove_app(
+    backend: &Arc<Backend>,
+    name: &str,
+    query: &BTreeMap<String, String>,
+    request: &Request<Incoming>,
+) -> Result<Reply, ApiError> {
+    let app = app_name(name)?;
+    let command = Command::RemoveApp { app: app.clone(), with_volumes: query.contains_key("volumes") };
+    let mark = mark_of(backend, request, &command)?;
+    let StateReply::Removed { volumes } = backend.submit(mark, command).await? else {
+        return Err(unexpected());
+    };
+    let root = backend.ground.data_dir.join("volumes").join(app.as_str());
+    let volumes = volumes
+        .into_iter()
+        .map(|volume| VolumeBody {
+            app: app.to_string(),
+            path: root.join(&volume.name).display().to_string(),
+            name: volume.name,
+            node: volume.node,
+            directory: None,
+            is_removed: false,
+        })
+        .collect();
+    body::ok(&RemoveReply { volumes })
+}
+
+pub fn unexpected() -> ApiError {
+    ApiError::new(
+        hyper::StatusCode::INTERNAL_SERVER_ERROR,
+        "internal",
+        "the state answered something else than was asked",
+    )
+}
+
+async fn scale(backend: &Arc<Backend>, name: &str, request: Request<Incoming>) -> Result<Reply, ApiError> {
+    let app = app_name(name)?;
+    let headers = request.headers().clone();
+    let wish: ScaleRequest = body::parse(request.into_body()).await?;
+    let command = Command::ScaleServices { app, replicas: wish.replicas };
+    let mut head = Request::new(());
+    *head.headers_mut() = headers;
+    let mark = mark_of(backend, &head, &command)?;
+    let StateReply::Deployed { revision, changed, removed } = backend.submit(mark, command).await? else {
+        return Err(unexpected());
+    };
+    body::ok(&DeployReply { app: name.into(), revision, changed, removed, images: BTreeMap::new() })
+}
+
+async fn nodes(
+    backend: &Arc<Backend>,
+    found: Match,
+    query: &BTreeMap<String, String>,
+    request: Request<Incoming>,
+) -> Result<Reply, ApiError> {
+    if found.verb == Verb::Nodes {
+        let shown = shown(backend, false).await?;
+        let view = shown.view(backend);
+        let nodes = shown.reading.state.nodes.rows().map(|node| view.node(node)).collect();
+        return body::ok(&NodesBody { freshness: shown.reading.freshness.clone(), nodes });
+    }
+    let shown = shown(backend, false).await?;
+    let state = &shown.reading.state;
+    let by_id = || found.name.parse().ok().and_then(|id: NodeId| state.nodes.find(&id));
+    let node = state.node_by_name(&found.name).or_else(by_id);
+    let node = node.ok_or_else(|| ApiError::not_found("node", &found.name))?;
+    let command = match found.verb {
+        Verb::Node => return body::ok(&shown.view(backend).node(node)),
+        Verb::Drain => Command::DrainNode { node: node.id, is_drained: true },
+        Verb::Activate => Command::DrainNode { node: node.id, is_drained: false },
+        Verb::RemoveNode => Command::RemoveNode { node: node.id, is_forced: query.contains_key("force") },
+        _ => {
+            let wish: LabelsRequest = body::parse(request.into_body()).await?;
+            Command::LabelNode { node: node.id, set: wish.set, remove: wish.remove }
+        }
+    };
+    backend.submit(None, command).await?;
+    body::done()
+}
+
+async fn people(backend: &Arc<Backend>, found: Match, request: Request<Incoming>) -> Result<Reply, ApiError> {
+    match found.verb {
+        Verb::Tokens => {
+            let shown = shown(backend, false).await?;
+            let tokens = shown.view(backend).tokens();
+            body::ok(&TokensBody { freshness: shown.reading.freshness.clone(), tokens })
+        }
+        Verb::CreateToken => {
+            let wish = body::parse_or_default(request.into_body()).await?;
+            body::ok(&create_token(backend, wish).await?)
+        }
+        Verb::RemoveToken => {
+            let token = found.name.parse().map_err(|_| ApiError::not_found("token", &found.name))?;
+            backend.submit(None, Command::RemoveToken { token }).await?;
+            body::done()
+        }
+        Verb::Users => {
+            let reading = backend.reading().await?;
+            let user = |user: &crate::state::User| UserBody {
+                name: user.name.clone(),
+                role: user.role.name().into(),
+                contexts: user.keys.len(),
+                created_at: user.created_at.to_string(),
+            };
+            let users = reading.state.users.rows().map(user).collect();
+            body::ok(&UsersBody { freshness: reading.freshness, users })
+        }
+        _ => {
+            backend.submit(None, Command::RemoveUser { name: found.name }).await?;
+            body::done()
+        }
+    }
+}
+
+pub async fn create_token(backend: &Arc<Backend>, wish: TokenRequest) -> Result<TokenReply, ApiError> {
+    let seconds = wish.valid_seconds.unwrap_or(TOKEN_VALID_SECONDS);
+    if seconds == 0 || seconds > TOKEN_VALID_SECONDS_MAX {
+        return Err(ApiError::invalid("a token is valid for 1 s to 365 days"));
+    }
+    let secret = TokenSecret::create().map_err(|error| ApiError::internal(&error))?;
+    let (kind, text) = match &wish.user {
+        Some(name) => {
+            let role = if wish.is_viewer { Role::Viewer } else { Role::Operator };
+            (TokenKind::User { name: name.clone(), role }, TokenText::User)
+        }
+        None => (TokenKind::Join { is_once: wish.is_once }, TokenText::Join),
+    };
+    let status = backend.replica.status().await;
+    let now = status.map(|status| status.cluster_time).unwrap_or_default();
+    let expires_at = now.plus_ms(seconds * 1000);
+    let command = Command::CreateToken { secret_hash: secret.hash(), kind, expires_at };
+    let StateReply::TokenCreated { token: id } = backend.submit(None, command).await? else {
+        return Err(unexpected());
+    };
+    let membership = backend.identity().membership.ok_or_else(unexpected)?;
+    // The answering node first; then the others, so that a token outlives one board.
+    let mut addresses = backend.transport.local_addresses();
+    let peers = backend.transport.connections();
+    addresses.extend(peers.values().map(|connection| connection.address));
+    let token = Token {
+        id,
+        secret,
+        authority: AuthorityHash::of(&membership.authority),
+        cluster_name: membership.cluster_name,
+        addresses,
+    };
+    let token = token.to_text(text);
+    let line = match wish.user {
+        Some(_) => format!("tinydc context create home {token}"),
+        None => format!("tinydc join {token}"),
+    };
+    Ok(TokenReply { id: id.to_string(), token, expires_at: expires_at.to_string(), line })
+}
+
+async fn settings(
+    backend: &Arc<Backend>,
+    found: Match,
+    request: Request<Incoming>,
+) -> Result<Reply, ApiError> {
+    if found.verb == Verb::ChangeSetting {
+        let wish: SettingValue = body::parse(request.into_body()).await?;
+        backend.submit(None, Command::ChangeSetting { key: found.name, value: wish.value }).await?;
+        return body::done();
+    }
+    let reading = backend.reading().await?;
+    let settings = reading.state.cluster_settings().rows().into_iter().map(|row| SettingBody {
+        key: row.key.into(),
+        value: row.value,
+        default: row.default,
+        meaning: row.meaning.into(),
+    });
+    body::ok(&SettingsBody { freshness: reading.freshness, settings: settings.collect() })
+}
+
+async fn events(backend: &Arc<Backend>, follow: bool) -> Result<Reply, ApiError> {
+    let reading = backend.reading().await?;
+    let (sender, chunks) = async_channel::bounded(16);
+    let replica = backend.replica.clone();
+    let mut state = reading.state;
+    backend
+        .executor
+        .spawn(async move {
+            let mut next = 0;
+            loop {
+                for event in state.events.rows().filter(|event| event.id >= next) {
+                    let line = EventBody {
+                        id: event.id,
+                        at: event.at.to_string(),
+                        kind: event.kind.clone(),
+                        subject: event.subject.clone(),
+                        text: event.text.clone(),
+                    };
+                    if sender.send(line_of(&line)).await.is_err() {
+                        return;
+                    }
+                }
+                next = state.events.rows().next_back().map_or(next, |event| event.id + 1);
+                if !follow || sender.is_closed() {
+                    return;
+                }
+                async_io::Timer::after(EVENTS_EVERY).await;
+                state = replica.state();
+            }
+        })
+        .detach();
+    Ok(body::streamed("application/x-ndjson", chunks))
+}
+
+/// One JSON object and a line end.
+pub fn line_of<T: serde::Serialize>(value: &T) -> Bytes {
+    let mut line = serde_json::to_vec(value).expect("wire types are plain data");
+    line.push(b'\n');
+    Bytes::from(line)
+}
+
+async fn leave(backend: &Arc<Backend>, request: Request<Incoming>) -> Result<Reply, ApiError> {
+    let wish: LeaveRequest = body::parse_or_default(request.into_body()).await?;
+    let command = Command::RemoveNode { node: backend.node, is_forced: wish.is_forced };
+    backend.submit(None, command).await?;
+    // Full means that leaving has begun already.
+    let _ = backend.leave.try_send(());
+    body::done()
+}

@@ -1,0 +1,298 @@
+//! Images, content, and the deploy that needs both.
+
+use super::backend::Backend;
+use super::body::{self, Reply};
+use super::error::ApiError;
+use super::handlers::{app_name, mark_of, shown, unexpected};
+use super::peer::BodyReader;
+use super::wire::*;
+use crate::agent::artifacts::images_digest;
+use crate::model::limits::CONTENT_BYTES_MAX;
+use crate::model::*;
+use crate::runtime::images::{Document, Platform};
+use crate::runtime::reference::ImageReference;
+use crate::state::{Command, Reply as StateReply, State};
+use hyper::body::Incoming;
+use hyper::{Request, StatusCode};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
+use std::sync::Arc;
+
+pub async fn list(backend: &Arc<Backend>) -> Result<Reply, ApiError> {
+    let shown = shown(backend, false).await?;
+    let view = shown.view(backend);
+    let artifacts =
+        shown.reading.state.artifacts.rows().filter(|artifact| artifact.kind != ArtifactKind::Content);
+    let images = artifacts.map(|artifact| view.image(artifact)).collect();
+    body::ok(&ImagesBody { freshness: shown.reading.freshness.clone(), images })
+}
+
+/// The full name of an image as Docker understands it; text that is no reference stays as it is.
+fn full_name(name: &str) -> String {
+    match ImageReference::parse(name) {
+        Ok(mut reference) => {
+            reference.digest = None;
+            reference.to_string()
+        }
+        Err(_) => name.into(),
+    }
+}
+
+pub async fn load(backend: &Arc<Backend>, request: Request<Incoming>) -> Result<Reply, ApiError> {
+    let reader = BodyReader::new(request.into_body());
+    let runtime = backend.ground.runtime.clone();
+    let loaded = smol::unblock(move || {
+        let loaded = runtime.images().load(reader, &Platform::host())?;
+        let described: Vec<_> = loaded.into_iter().map(|image| describe(&runtime, image)).collect();
+        Ok::<_, crate::runtime::images::LoadError>(described)
+    })
+    .await
+    .map_err(|error| ApiError::invalid(crate::agent::chain(&error)))?;
+    let mut images = Vec::new();
+    for mut artifact in loaded {
+        artifact.holders.insert(backend.node);
+        let command = Command::RegisterArtifact { artifact: Box::new(artifact.clone()) };
+        backend.submit(None, command).await?;
+        images.push(ImageBody {
+            names: artifact.names.iter().cloned().collect(),
+            digest: artifact.digest,
+            bytes: artifact.bytes,
+            platforms: artifact.platforms.into_keys().collect(),
+            nodes: vec![backend.replica.state().node_name(backend.node)],
+            source: "loaded".into(),
+        });
+    }
+    body::ok(&LoadReply { images })
+}
+
+fn describe(runtime: &crate::runtime::Runtime, loaded: crate::runtime::images::Loaded) -> Artifact {
+    let digest = Digest::new(&loaded.digest.to_string()).expect("both forms are sha256 and 64 hex digits");
+    let store = runtime.images();
+    let image = store.image(&loaded.digest).ok().flatten();
+    Artifact {
+        kind: ArtifactKind::LoadedImage,
+        names: loaded.names.iter().map(|name| full_name(name)).collect(),
+        bytes: image.as_ref().map_or(0, |image| image.size_bytes),
+        platforms: platforms_of(runtime, &loaded.digest),
+        holders: BTreeSet::new(),
+        digest,
+    }
+}
+
+/// The architectures an image has, with the manifest of each.
+fn platforms_of(
+    runtime: &crate::runtime::Runtime,
+    digest: &crate::runtime::images::Digest,
+) -> BTreeMap<String, Digest> {
+    let store = runtime.images();
+    let own = |digest: &crate::runtime::images::Digest| Digest::new(&digest.to_string()).ok();
+    let Ok(bytes) = store.read_document(digest) else { return BTreeMap::new() };
+    match Document::parse(digest, &bytes) {
+        Ok(Document::Index(index)) => index
+            .manifests
+            .iter()
+            .filter_map(|(platform, blob)| Some((platform_name(platform), own(&blob.digest)?)))
+            .collect(),
+        Ok(Document::Manifest(_)) => {
+            let config = store.image(digest).ok().flatten().and_then(|image| store.config(&image).ok());
+            let name = config.map(|config| platform_name(&config.platform));
+            name.into_iter().filter_map(|name| Some((name, own(digest)?))).collect()
+        }
+        Err(_) => BTreeMap::new(),
+    }
+}
+
+fn platform_name(platform: &Platform) -> String {
+    match &platform.variant {
+        Some(variant) => format!("{}/{variant}", platform.architecture),
+        None => platform.architecture.clone(),
+    }
+}
+
+pub async fn remove(
+    backend: &Arc<Backend>,
+    name: &str,
+    request: &Request<Incoming>,
+) -> Result<Reply, ApiError> {
+    let state = backend.reading().await?.state;
+    let full = full_name(name);
+    let is_meant = |artifact: &&Artifact| {
+        artifact.digest.as_str() == name
+            || (name.len() >= 8 && artifact.digest.hex().starts_with(name))
+            || artifact.names.contains(&full)
+    };
+    let artifact = state.artifacts.rows().find(is_meant).ok_or_else(|| ApiError::not_found("image", name))?;
+    let command = Command::RemoveArtifact { digest: artifact.digest.clone() };
+    let mark = mark_of(backend, request, &command)?;
+    backend.submit(mark, command).await?;
+    body::done()
+}
+
+pub async fn put_content(backend: &Arc<Backend>, request: Request<Incoming>) -> Result<Reply, ApiError> {
+    let reader = BodyReader::new(request.into_body());
+    let runtime = backend.ground.runtime.clone();
+    let stored = smol::unblock(move || store_content(&runtime, reader)).await?;
+    let artifact = Artifact {
+        digest: stored.0.clone(),
+        kind: ArtifactKind::Content,
+        names: BTreeSet::new(),
+        bytes: stored.1,
+        platforms: BTreeMap::new(),
+        holders: [backend.node].into(),
+    };
+    backend.submit(None, Command::RegisterArtifact { artifact: Box::new(artifact) }).await?;
+    body::ok(&ContentReply { digest: stored.0 })
+}
+
+fn store_content(runtime: &crate::runtime::Runtime, reader: impl Read) -> Result<(Digest, u64), ApiError> {
+    let mut bytes = Vec::new();
+    let read = reader.take(CONTENT_BYTES_MAX + 1).read_to_end(&mut bytes);
+    read.map_err(|error| ApiError::invalid(format!("the body ended early: {error}")))?;
+    if bytes.len() as u64 > CONTENT_BYTES_MAX {
+        let message = format!("files that a Compose file mounts: at most {} MiB", CONTENT_BYTES_MAX >> 20);
+        return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", message));
+    }
+    let digest = crate::runtime::images::Digest::of(&bytes);
+    let expected = crate::runtime::images::BlobRef { digest: digest.clone(), size_bytes: bytes.len() as u64 };
+    runtime.images().write_blob(&expected, bytes.as_slice()).map_err(|error| ApiError::internal(&error))?;
+    let own = Digest::new(&digest.to_string()).expect("both forms are sha256 and 64 hex digits");
+    Ok((own, bytes.len() as u64))
+}
+
+pub async fn deploy(
+    backend: &Arc<Backend>,
+    name: &str,
+    request: Request<Incoming>,
+) -> Result<Reply, ApiError> {
+    let app = app_name(name)?;
+    let headers = request.headers().clone();
+    let mut wish: DeployRequest = body::parse(request.into_body()).await?;
+    if wish.spec.name != app {
+        return Err(ApiError::invalid(format!("the path names {app}, the body {}", wish.spec.name)));
+    }
+    let state = backend.reading().await?.state;
+    let (images, artifacts) = resolve_images(backend, &state, &mut wish.spec).await?;
+    let command = Command::DeployApp { spec: Box::new(wish.spec), artifacts };
+    if wish.is_dry_run {
+        return body::ok(&dry_run(&state, name, command, images)?);
+    }
+    let mut head = Request::new(());
+    *head.headers_mut() = headers;
+    let mark = mark_of(backend, &head, &command)?;
+    let StateReply::Deployed { revision, changed, removed } = backend.submit(mark, command).await? else {
+        return Err(unexpected());
+    };
+    body::ok(&DeployReply { app: name.into(), revision, changed, removed, images })
+}
+
+/// The same command on a copy of the state: it says what would change, and what would be refused.
+fn dry_run(
+    state: &State,
+    name: &str,
+    command: Command,
+    images: BTreeMap<String, Digest>,
+) -> Result<DeployReply, ApiError> {
+    let mut copy = state.clone();
+    let envelope = crate::state::Envelope {
+        stamp: state.time(),
+        origin: crate::state::Origin::default(),
+        request: None,
+        command,
+    };
+    match copy.apply(0, &envelope)? {
+        StateReply::Deployed { revision, changed, removed } => {
+            Ok(DeployReply { app: name.into(), revision, changed, removed, images })
+        }
+        _ => Err(unexpected()),
+    }
+}
+
+type Resolved = (BTreeMap<String, Digest>, Vec<Artifact>);
+
+/// Tags become digests once, here, so that all instances run the same image.
+async fn resolve_images(
+    backend: &Arc<Backend>,
+    state: &Arc<State>,
+    spec: &mut AppSpec,
+) -> Result<Resolved, ApiError> {
+    let references: BTreeSet<String> =
+        spec.services.values().map(|service| service.image.reference.clone()).collect();
+    let mut digests = BTreeMap::new();
+    let mut artifacts = Vec::new();
+    for reference in references {
+        let (digest, artifact) = resolve(backend, state, &reference).await?;
+        artifacts.extend(artifact);
+        digests.insert(reference, digest);
+    }
+    for service in spec.services.values_mut() {
+        service.image.digest = digests.get(&service.image.reference).cloned();
+    }
+    Ok((digests, artifacts))
+}
+
+async fn resolve(
+    backend: &Arc<Backend>,
+    state: &Arc<State>,
+    reference: &str,
+) -> Result<(Digest, Option<Artifact>), ApiError> {
+    let parsed = ImageReference::parse(reference).map_err(|error| ApiError::invalid(error.to_string()))?;
+    let full = full_name(reference);
+    let wanted = parsed.digest.as_ref().and_then(|digest| Digest::new(&digest.to_string()).ok());
+    // What was loaded wins: no registry needs to know it.
+    let loaded = state.artifacts.rows().filter(|artifact| artifact.kind == ArtifactKind::LoadedImage).find(
+        |artifact| match &wanted {
+            Some(digest) => artifact.digest == *digest,
+            None => artifact.names.contains(&full),
+        },
+    );
+    if let Some(artifact) = loaded {
+        return Ok((artifact.digest.clone(), None));
+    }
+    let (ground, settings) = (backend.ground.clone(), state.cluster_settings());
+    let resolved = smol::unblock(move || {
+        let registry = ground.artifacts.registry(&settings).map_err(|error| ApiError::internal(&error))?;
+        registry.resolve(&parsed, &Platform::host()).map_err(|error| {
+            ApiError::rejected(crate::agent::chain(&error))
+                .hint("is the name right, and can this node reach the registry? An image file goes in with tinydc image load FILE")
+        })
+    })
+    .await?;
+    let digest = Digest::new(&resolved.digest.to_string()).map_err(|error| ApiError::internal(&error))?;
+    let platforms =
+        resolved.platforms.iter().map(|platform| (platform_name(platform), digest.clone())).collect();
+    let artifact = Artifact {
+        digest: digest.clone(),
+        kind: ArtifactKind::RegistryImage,
+        names: [full].into(),
+        bytes: 0,
+        platforms,
+        holders: BTreeSet::new(),
+    };
+    Ok((digest, Some(artifact)))
+}
+
+/// Opens a blob for a peer.
+pub async fn blob(backend: &Arc<Backend>, digest: &str) -> Result<Reply, ApiError> {
+    let digest = Digest::new(digest).map_err(|error| ApiError::invalid(error.to_string()))?;
+    let runtime = backend.ground.runtime.clone();
+    let own = images_digest(&digest);
+    let file = smol::unblock(move || runtime.images().open_blob(&own)).await;
+    let file = file.map_err(|_| ApiError::not_found("blob", digest.as_str()))?;
+    let (sender, chunks) = async_channel::bounded(4);
+    backend
+        .executor
+        .spawn(async move {
+            smol::unblock(move || {
+                let mut file = file;
+                let mut buffer = vec![0; 64 << 10];
+                while let Ok(count @ 1..) = file.read(&mut buffer) {
+                    if sender.send_blocking(bytes::Bytes::copy_from_slice(&buffer[..count])).is_err() {
+                        return;
+                    }
+                }
+            })
+            .await;
+        })
+        .detach();
+    Ok(body::streamed("application/octet-stream", chunks))
+}

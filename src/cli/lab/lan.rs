@@ -1,0 +1,104 @@
+//! A LAN: a bridge in a namespace of its own, and a link to each machine's namespace.
+
+use crate::linux::netns;
+use crate::network::{link, netlink::Socket};
+use anyhow::{Context, Result};
+use std::fs::File;
+use std::net::Ipv4Addr;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+
+const BRIDGE: &str = "lan0";
+const MTU: u32 = 1500;
+
+pub struct Lan {
+    folder: PathBuf,
+    pub netns: PathBuf,
+    prefix: [u8; 3],
+}
+
+impl Lan {
+    /// Addresses are `prefix.N`; the LAN's own namespace, where clients stand, is `prefix.254`.
+    pub fn new(folder: &Path, name: &str, prefix: [u8; 3]) -> Result<Lan> {
+        let path = folder.join(name);
+        netns::create(&path).context("make the LAN's namespace")?;
+        let [a, b, c] = prefix;
+        netns::in_netns(&path, move || {
+            let socket = Socket::route()?;
+            link::set_up(&socket, link::index_of("lo")?)?;
+            link::add_bridge(&socket, BRIDGE)?;
+            let index = link::index_of(BRIDGE)?;
+            link::add_address(&socket, index, Ipv4Addr::new(a, b, c, 254), 24)
+        })
+        .context("make the LAN's bridge; the kernel needs `bridge` and `veth`")?;
+        Ok(Lan { folder: folder.into(), netns: path, prefix })
+    }
+
+    pub fn address(&self, number: u8) -> Ipv4Addr {
+        let [a, b, c] = self.prefix;
+        Ipv4Addr::new(a, b, c, number)
+    }
+
+    /// A machine's namespace with `eth0` on the LAN.
+    pub fn add_machine(&self, name: &str, number: u8) -> Result<PathBuf> {
+        let path = self.folder.join(name);
+        netns::create(&path).with_context(|| format!("make the namespace of {name}"))?;
+        let machine = File::open(&path)?;
+        netns::in_netns(&self.netns, || {
+            let socket = Socket::route()?;
+            link::add_veth(&socket, &port(number), link::index_of(BRIDGE)?, MTU, machine.as_fd())
+        })
+        .with_context(|| format!("connect {name} to the LAN"))?;
+        let address = self.address(number);
+        netns::in_netns(&path, move || {
+            let socket = Socket::route()?;
+            link::set_up(&socket, link::index_of("lo")?)?;
+            let index = link::index_of("eth0")?;
+            link::set_up(&socket, index)?;
+            link::add_address(&socket, index, address, 24)
+        })
+        .with_context(|| format!("give {name} its address"))?;
+        Ok(path)
+    }
+
+    /// Takes a machine's cable out, or, with `mend`, puts it back.
+    pub fn cut(&self, number: u8) -> Result<()> {
+        self.set_port(number, false)
+    }
+
+    pub fn mend(&self, number: u8) -> Result<()> {
+        self.set_port(number, true)
+    }
+
+    fn set_port(&self, number: u8, is_up: bool) -> Result<()> {
+        netns::in_netns(&self.netns, move || {
+            let socket = Socket::route()?;
+            link::set_state(&socket, link::index_of(&port(number))?, is_up)
+        })
+        .with_context(|| format!("set the cable of machine {number}"))
+    }
+
+    /// Gives a machine another address, of this LAN or another subnet on the same wire.
+    pub fn renumber(&self, netns: &Path, old: Ipv4Addr, new: Ipv4Addr) -> Result<()> {
+        netns::in_netns(netns, move || {
+            let socket = Socket::route()?;
+            let index = link::index_of("eth0")?;
+            link::delete_address(&socket, index, old, 24)?;
+            link::add_address(&socket, index, new, 24)
+        })
+        .with_context(|| format!("renumber {old} to {new}"))
+    }
+
+    /// Another subnet for the clients' own namespace.
+    pub fn add_own_address(&self, address: Ipv4Addr) -> Result<()> {
+        netns::in_netns(&self.netns, move || {
+            let socket = Socket::route()?;
+            link::add_address(&socket, link::index_of(BRIDGE)?, address, 24)
+        })
+        .with_context(|| format!("add {address} to the LAN"))
+    }
+}
+
+fn port(number: u8) -> String {
+    format!("port{number}")
+}

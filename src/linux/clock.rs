@@ -1,0 +1,13 @@
+//! Whether the system's clock is synchronised, as the kernel was told by whatever keeps it.
+
+/// False when nothing disciplines the clock, or the kernel won't say.
+pub fn is_synchronised() -> bool {
+    // SAFETY: an all-zero timex asks for the status and changes nothing; the kernel writes within the struct, which
+    // outlives the call.
+    let (state, status) = unsafe {
+        let mut timex: libc::timex = std::mem::zeroed();
+        let state = libc::adjtimex(&mut timex);
+        (state, timex.status)
+    };
+    state >= 0 && state != libc::TIME_ERROR && status & libc::STA_UNSYNC == 0
+}

@@ -1,0 +1,141 @@
+//! Links, addresses and routes by rtnetlink.
+
+use super::netlink::{ACK, Batch, CREATE, EXCLUSIVE, REPLACE, Socket};
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+const NEW_LINK: u16 = 16;
+const DELETE_LINK: u16 = 17;
+const NEW_ADDRESS: u16 = 20;
+const DELETE_ADDRESS: u16 = 21;
+const NEW_ROUTE: u16 = 24;
+const DELETE_ROUTE: u16 = 25;
+/// Of struct ifinfomsg.
+const UP: u32 = 1;
+const IFNAME: u16 = 3;
+const MTU: u16 = 4;
+const MASTER: u16 = 10;
+const LINKINFO: u16 = 18;
+const NETNS_FD: u16 = 28;
+const INFO_KIND: u16 = 1;
+const INFO_DATA: u16 = 2;
+const VETH_PEER: u16 = 1;
+/// Marks routes as made by an administrator's program, so that a routing daemon leaves them alone.
+const PROTOCOL_STATIC: u8 = 4;
+const TABLE_MAIN: u8 = 254;
+const UNICAST: u8 = 1;
+const ON_LINK: u32 = 4;
+
+fn link_header(index: u32, flags: u32, change: u32) -> Vec<u8> {
+    let mut header = vec![0; 4];
+    header.extend(index.to_ne_bytes());
+    header.extend(flags.to_ne_bytes());
+    header.extend(change.to_ne_bytes());
+    header
+}
+
+/// The index of a link in this thread's namespace.
+pub fn index_of(name: &str) -> io::Result<u32> {
+    Ok(nix::net::if_::if_nametoindex(name)?)
+}
+
+pub fn add_bridge(socket: &Socket, name: &str) -> io::Result<()> {
+    let mut batch = Batch::new();
+    batch.message(NEW_LINK, ACK | CREATE | EXCLUSIVE, &link_header(0, UP, UP)).text(IFNAME, name);
+    batch.nested(LINKINFO, |batch| {
+        batch.text(INFO_KIND, "bridge");
+    });
+    socket.send(&batch)
+}
+
+/// A pair of which one end is on a bridge here and the other is `eth0` in another namespace.
+pub fn add_veth(socket: &Socket, name: &str, master: u32, mtu: u32, netns: BorrowedFd<'_>) -> io::Result<()> {
+    let mut batch = Batch::new();
+    batch.message(NEW_LINK, ACK | CREATE | EXCLUSIVE, &link_header(0, UP, UP));
+    batch.text(IFNAME, name).native(MTU, mtu).native(MASTER, master);
+    batch.nested(LINKINFO, |batch| {
+        batch.text(INFO_KIND, "veth").nested(INFO_DATA, |batch| {
+            batch.nested(VETH_PEER, |batch| {
+                batch.raw(&link_header(0, 0, 0)).text(IFNAME, "eth0").native(MTU, mtu);
+                batch.native(NETNS_FD, netns.as_raw_fd() as u32);
+            });
+        });
+    });
+    socket.send(&batch)
+}
+
+pub fn set_up(socket: &Socket, index: u32) -> io::Result<()> {
+    set_state(socket, index, true)
+}
+
+pub fn set_state(socket: &Socket, index: u32, is_up: bool) -> io::Result<()> {
+    let mut batch = Batch::new();
+    batch.message(NEW_LINK, ACK, &link_header(index, if is_up { UP } else { 0 }, UP));
+    socket.send(&batch)
+}
+
+pub fn delete(socket: &Socket, index: u32) -> io::Result<()> {
+    let mut batch = Batch::new();
+    batch.message(DELETE_LINK, ACK, &link_header(index, 0, 0));
+    socket.send(&batch)
+}
+
+pub fn add_address(socket: &Socket, index: u32, address: Ipv4Addr, length: u8) -> io::Result<()> {
+    change_address(socket, NEW_ADDRESS, ACK | CREATE | REPLACE, (index, address, length))
+}
+
+pub fn delete_address(socket: &Socket, index: u32, address: Ipv4Addr, length: u8) -> io::Result<()> {
+    change_address(socket, DELETE_ADDRESS, ACK, (index, address, length))
+}
+
+fn change_address(
+    socket: &Socket,
+    kind: u16,
+    flags: u16,
+    (index, address, length): (u32, Ipv4Addr, u8),
+) -> io::Result<()> {
+    let mut header = vec![libc::AF_INET as u8, length, 0, 0];
+    header.extend(index.to_ne_bytes());
+    let mut batch = Batch::new();
+    batch.message(kind, flags, &header);
+    batch.attribute(1, &address.octets()).attribute(2, &address.octets());
+    socket.send(&batch)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Route {
+    /// `None`: the default route.
+    pub to: Option<(Ipv4Addr, u8)>,
+    pub via: Ipv4Addr,
+    /// 0: the kernel finds the link by the gateway.
+    pub link: u32,
+    /// The gateway needs no route of its own.
+    pub is_on_link: bool,
+}
+
+fn route_message(batch: &mut Batch, kind: u16, flags: u16, route: &Route) {
+    let length = route.to.map_or(0, |(_, length)| length);
+    let mut header = vec![libc::AF_INET as u8, length, 0, 0, TABLE_MAIN, PROTOCOL_STATIC, 0, UNICAST];
+    header.extend(if route.is_on_link { ON_LINK } else { 0 }.to_ne_bytes());
+    batch.message(kind, flags, &header);
+    if let Some((network, _)) = route.to {
+        batch.attribute(1, &network.octets());
+    }
+    if route.link != 0 {
+        batch.native(4, route.link);
+    }
+    batch.attribute(5, &route.via.octets());
+}
+
+pub fn add_route(socket: &Socket, route: &Route) -> io::Result<()> {
+    let mut batch = Batch::new();
+    route_message(&mut batch, NEW_ROUTE, ACK | CREATE | REPLACE, route);
+    socket.send(&batch)
+}
+
+pub fn delete_route(socket: &Socket, route: &Route) -> io::Result<()> {
+    let mut batch = Batch::new();
+    route_message(&mut batch, DELETE_ROUTE, ACK, route);
+    socket.send(&batch)
+}

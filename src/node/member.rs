@@ -1,0 +1,565 @@
+//! A member's run: transport, replica, agent, API, in this order; stopped in reverse.
+
+use super::outgoing::{Carrier, Late, from_bytes};
+use super::{Awaiting, Config, Ended, founding, machine};
+use crate::agent::{Agent, AgentConfig, Artifacts, Ground};
+use crate::api::wire::{InitReply, JoinDone, TokenRequest};
+use crate::api::{ApiError, Backend, Connection, Server, answer_join, create_token, peer};
+use crate::control::{ControlConfig, Input};
+use crate::model::*;
+use crate::network::{Network, NetworkConfig};
+use crate::replica::{Handle, PeerFrame, Replica, ReplicaConfig, SnapshotHeader};
+use crate::runtime::{Runtime, RuntimeConfig};
+use crate::state::{Command, State};
+use crate::storage::SqliteStore;
+use crate::transport::admission::{AdmissionTable, Known, admit};
+use crate::transport::hello::{PeerClaim, Refusal, RefusalCode};
+use crate::transport::https::HttpsServer;
+use crate::transport::identity::Identity;
+use crate::transport::peers::{Event, RefusedBy, Transport, TransportConfig};
+use crate::transport::sealing::random_bytes;
+use anyhow::{Context, Result};
+use async_executor::{Executor, Task};
+use async_io::Async;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+use tracing::{info, warn};
+
+/// A removal's last word to the peers may be on its way.
+const LEAVE_LIMIT: Duration = Duration::from_secs(60);
+const GOODBYE_LIMIT: Duration = Duration::from_millis(800);
+
+/// What this run has, and what ends it.
+struct Run<'a> {
+    config: &'a Config,
+    executor: &'a Arc<Executor<'static>>,
+    identity: Identity,
+    node: NodeId,
+    start_id: StartId,
+    transport: Transport,
+    replica: Replica,
+    late: Late,
+    server: Arc<OnceLock<Server>>,
+    tasks: Vec<Task<()>>,
+    ended: async_channel::Receiver<Ended>,
+    end: async_channel::Sender<Ended>,
+}
+
+pub(crate) async fn run(
+    config: &Config,
+    executor: &Arc<Executor<'static>>,
+    listener: &Arc<Async<UnixListener>>,
+    stopping: &async_channel::Receiver<()>,
+    identity: Identity,
+    awaiting: Awaiting,
+) -> Result<Ended> {
+    let mut run = Run::start(config, executor, identity)?;
+    let ready = futures_lite::future::or(
+        async {
+            run.await_own_row().await;
+            None
+        },
+        futures_lite::future::or(
+            async {
+                let _ = stopping.recv().await;
+                Some(Ended::Stopped)
+            },
+            async { run.ended.recv().await.ok() },
+        ),
+    )
+    .await;
+    if let Some(ended) = ready {
+        run.stop(None).await;
+        return Ok(ended);
+    }
+    let backend = run.serve(listener).await?;
+    run.tell(awaiting, &backend).await;
+    let ended = futures_lite::future::or(
+        async {
+            let _ = stopping.recv().await;
+            Ended::Stopped
+        },
+        async { run.ended.recv().await.unwrap_or(Ended::Stopped) },
+    )
+    .await;
+    if matches!(ended, Ended::Stopped) {
+        run.say_goodbye().await;
+    }
+    if matches!(ended, Ended::Removed) {
+        backend.agent.stop().await;
+        let ground = backend.ground.clone();
+        smol::unblock(move || {
+            if let Err(error) = ground.runtime.erase() {
+                warn!(%error, "remove containers");
+            }
+            if let Err(error) = ground.network.erase() {
+                warn!(%error, "take down the network");
+            }
+        })
+        .await;
+    }
+    run.stop(Some(&backend)).await;
+    Ok(ended)
+}
+
+impl<'a> Run<'a> {
+    fn start(
+        config: &'a Config,
+        executor: &'a Arc<Executor<'static>>,
+        identity: Identity,
+    ) -> Result<Run<'a>> {
+        let data_dir = config.data_dir();
+        let membership = identity.membership.clone().context("this node is no member")?;
+        let node = membership.node_id;
+        let start_id = StartId(u128::from_le_bytes(random_bytes::<16>()?));
+        let late = Late::default();
+        let origin = Instant::now();
+        let (transport, events) = Transport::start(
+            TransportConfig {
+                executor: executor.clone(),
+                listen: config.listen(),
+                data_dir: data_dir.clone(),
+                identity: identity.clone(),
+                feature_level: founding::FEATURE_LEVEL,
+                start_id,
+                fingerprint: machine::fingerprint(),
+                peer_names: config.peers.clone(),
+                announce_port: None,
+                bulk_bytes_max: 2 * limits::STATE_BYTES_MAX,
+            },
+            Arc::new(Gate { late: late.clone(), origin, heard: Mutex::default() }).into_authorise(),
+        )?;
+        for (member, known) in founding::first_members(&data_dir) {
+            known.addresses.into_iter().for_each(|address| transport.hint(member, address));
+        }
+        let (end, ended) = async_channel::bounded(1);
+        let (halt, halted) = async_channel::bounded(1);
+        let carrier =
+            Carrier { transport: transport.clone(), executor: executor.clone(), late: late.clone(), halt };
+        let replica = start_replica(&data_dir, node, start_id, carrier)?;
+        // Set once, here.
+        let _ = late.replica.set(replica.handle().clone());
+        let server = Arc::new(OnceLock::new());
+        let fail = end.clone();
+        let watch_halt = executor.spawn(async move {
+            if let Ok(why) = halted.recv().await {
+                let _ = fail.send(Ended::Failed(why)).await;
+            }
+        });
+        let pump = EventPump {
+            replica: replica.handle().clone(),
+            server: server.clone(),
+            executor: executor.clone(),
+            end: end.clone(),
+            late: late.clone(),
+        };
+        let members = keep_members(transport.clone(), replica.handle().clone(), data_dir, node);
+        let tasks = vec![watch_halt, executor.spawn(pump.run(events)), executor.spawn(members)];
+        Ok(Run {
+            config,
+            executor,
+            identity,
+            node,
+            start_id,
+            transport,
+            replica,
+            late,
+            server,
+            tasks,
+            ended,
+            end,
+        })
+    }
+
+    /// Until the state here knows this node; a founder first brings the founding into its log.
+    async fn await_own_row(&self) {
+        let replica = self.replica.handle();
+        let data_dir = self.config.data_dir();
+        let watch = replica.published().watch();
+        loop {
+            let state = replica.state();
+            if state.nodes.contains(&self.node) {
+                if state.cluster().is_some() {
+                    founding::forget_founding(&data_dir);
+                }
+                return;
+            }
+            if let Some(command) = founding::pending_founding(&data_dir) {
+                // Refused until this node leads, which takes a moment.
+                let _ = replica.write(None, command).await;
+            }
+            peer::within(Duration::from_millis(100), watch.changed()).await;
+        }
+    }
+
+    /// Starts what needs the state: network, runtime, agent, API.
+    async fn serve(&mut self, listener: &Arc<Async<UnixListener>>) -> Result<Arc<Backend>> {
+        let state = self.replica.handle().state();
+        let ground = self.ground(&state)?;
+        let agent = Arc::new(Agent::start(AgentConfig {
+            node: self.node,
+            start_id: self.start_id,
+            ground: ground.clone(),
+            replica: self.replica.handle().clone(),
+            executor: self.executor.clone(),
+            size: machine::size(),
+            software: env!("CARGO_PKG_VERSION").into(),
+        }));
+        let (leave, leaving) = async_channel::bounded(1);
+        let api_listen = self.config.api_listen();
+        let backend = Arc::new(Backend {
+            node: self.node,
+            start_id: self.start_id,
+            replica: self.replica.handle().clone(),
+            transport: self.transport.clone(),
+            agent,
+            ground: ground.clone(),
+            executor: self.executor.clone(),
+            identity: Mutex::new(self.identity.clone()),
+            leave,
+            api_port: api_listen.port(),
+        });
+        let _ = self.late.backend.set(backend.clone());
+        let server = Server::new(backend.clone());
+        let _ = self.server.set(server.clone());
+        self.tasks.push(self.executor.spawn(accept_local(
+            listener.clone(),
+            server.clone(),
+            self.executor.clone(),
+        )));
+        let membership = self.identity.membership.clone().context("this node is no member")?;
+        let https = HttpsServer::new(&self.identity.node_key, &membership)?;
+        let tcp =
+            Async::<TcpListener>::bind(api_listen).with_context(|| format!("listen on TCP {api_listen}"))?;
+        self.tasks.push(self.executor.spawn(accept_tls(tcp, https, server, self.executor.clone())));
+        self.tasks.push(self.executor.spawn(keep_routes(
+            ground,
+            self.transport.clone(),
+            self.replica.handle().clone(),
+            self.node,
+        )));
+        let end = self.end.clone();
+        self.tasks.push(self.executor.spawn(async move {
+            if leaving.recv().await.is_ok() {
+                // Ended earlier by the peers' word that this node was removed.
+                async_io::Timer::after(LEAVE_LIMIT).await;
+                let _ = end.send(Ended::Removed).await;
+            }
+        }));
+        info!(node = %self.node, name = state.node_name(self.node), "node serves");
+        Ok(backend)
+    }
+
+    fn ground(&self, state: &State) -> Result<Ground> {
+        let data_dir = self.config.data_dir();
+        let membership = self.identity.membership.as_ref().context("this node is no member")?;
+        let row = state.nodes.find(&self.node).context("the state does not know this node")?;
+        let cluster = state.cluster().context("the cluster is not founded")?;
+        let tag = format!("{:08x}", membership.store_id.0 as u32);
+        let runtime = Arc::new(Runtime::open(RuntimeConfig {
+            node_tag: tag.clone(),
+            data_dir: data_dir.clone(),
+            run_dir: self.config.run_dir(),
+            program: None,
+        })?);
+        // A machine without the memory controller runs containers uncapped.
+        if let Err(error) = runtime.set_total_memory_max(Some(machine::size().memory_bytes)) {
+            warn!(%error, "containers together have no memory limit");
+        }
+        let network = Arc::new(Network::open(NetworkConfig {
+            tag,
+            container_range: cluster.container_range,
+            number: row.number,
+            run_dir: self.config.run_dir(),
+        })?);
+        let (transport, executor) = (self.transport.clone(), self.executor.clone());
+        let peers = Box::new(move |node: NodeId, digest: &Digest| {
+            let reader = peer::open_blob(&transport, &executor, node, digest)?;
+            Ok(reader)
+        });
+        let artifacts = Arc::new(Artifacts::new(self.node, runtime.clone(), data_dir.clone(), peers));
+        Ok(Ground { runtime, network, artifacts, data_dir })
+    }
+
+    /// Answers whoever asked for `init` or `join`.
+    async fn tell(&self, awaiting: Awaiting, backend: &Arc<Backend>) {
+        let state = self.replica.handle().state();
+        let cluster = state.cluster().map(|cluster| cluster.name.clone()).unwrap_or_default();
+        let node = state.node_name(self.node);
+        // Whoever asked may have gone.
+        match awaiting {
+            Awaiting::Nobody => {}
+            Awaiting::Join { reply } => {
+                let _ = reply.send(Ok(JoinDone { cluster, node, node_id: self.node.to_string() })).await;
+            }
+            Awaiting::Init { reply, recovery_key } => {
+                let token = create_token(backend, TokenRequest::default()).await;
+                let answer = token.map(|token| InitReply {
+                    cluster,
+                    node,
+                    join_line: token.line,
+                    recovery_key,
+                    token_expires_at: token.expires_at,
+                });
+                let _ = reply.send(answer).await;
+            }
+        }
+    }
+
+    /// Tells the cluster of a clean stop: nothing moves for a minute.
+    async fn say_goodbye(&self) {
+        let command = Command::NodeStopping { node: self.node, start_id: self.start_id };
+        if let Some(backend) = self.late.backend.get() {
+            // Without a leader nobody could note it.
+            let _: Option<Result<_, ApiError>> =
+                peer::within(GOODBYE_LIMIT, backend.submit(None, command)).await;
+        }
+    }
+
+    async fn stop(self, backend: Option<&Arc<Backend>>) {
+        if let Some(backend) = backend {
+            backend.agent.stop().await;
+        }
+        self.transport.shutdown().await;
+        for task in self.tasks {
+            task.cancel().await;
+        }
+        let replica = self.replica;
+        smol::unblock(move || replica.stop()).await;
+    }
+}
+
+fn start_replica(
+    data_dir: &std::path::Path,
+    node: NodeId,
+    start_id: StartId,
+    carrier: Carrier,
+) -> Result<Replica> {
+    let store = SqliteStore::open(data_dir)?;
+    let gauge = machine::Gauge::new(data_dir.into());
+    let is_founding = founding::pending_founding(data_dir).is_some();
+    let config = ReplicaConfig {
+        control: ControlConfig { node, start_id, seed: start_id.0 as u64 },
+        figures: Box::new(move || gauge.read()),
+        wall: Box::new(move || machine::believable_wall(is_founding)),
+        outgoing: Box::new(move |outgoing| carrier.carry(outgoing)),
+    };
+    Ok(Replica::start(config, store)?)
+}
+
+/// The state's word on who may be a peer.
+struct Gate {
+    late: Late,
+    origin: Instant,
+    /// What a table of the state can't know: last live start and fingerprint of each peer.
+    heard: Mutex<BTreeMap<NodeId, (StartId, u64, u64, u64)>>,
+}
+
+impl Gate {
+    fn into_authorise(self: Arc<Self>) -> crate::transport::peers::Authorise {
+        Arc::new(move |claim: &PeerClaim| self.judge(claim))
+    }
+
+    fn judge(&self, claim: &PeerClaim) -> Result<(), Refusal> {
+        let busy = || Refusal::new(RefusalCode::Busy, "this node is starting");
+        let replica = self.late.replica.get().ok_or_else(busy)?;
+        let state = replica.state();
+        let now_ms = self.origin.elapsed().as_millis() as u64;
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        let members = state
+            .nodes
+            .rows()
+            .map(|node| {
+                let last = heard.get(&node.id);
+                let known = Known {
+                    public_key: node.public_key,
+                    store_id: node.store_id,
+                    fingerprint: last.map(|last| last.2),
+                    acknowledged_index: last.map_or(0, |last| last.3),
+                    last_live: last.map(|last| (last.0, last.1)),
+                };
+                (node.id, known)
+            })
+            .collect();
+        let removed: BTreeSet<PublicKey> = state.removed_keys.iter().map(|(key, _)| *key).collect();
+        let feature_level = state.cluster().map_or(0, |cluster| cluster.feature_level);
+        admit(&AdmissionTable { feature_level, members, removed }, claim, now_ms)?;
+        let hello = &claim.hello;
+        let index = heard.get(&hello.node_id).map_or(0, |last| last.3).max(hello.last_index);
+        heard.insert(hello.node_id, (hello.start_id, now_ms, hello.fingerprint, index));
+        Ok(())
+    }
+}
+
+/// Takes what comes from peers, in order, to where it belongs.
+struct EventPump {
+    replica: Handle,
+    server: Arc<OnceLock<Server>>,
+    executor: Arc<Executor<'static>>,
+    end: async_channel::Sender<Ended>,
+    late: Late,
+}
+
+impl EventPump {
+    async fn run(self, events: async_channel::Receiver<Event>) {
+        while let Ok(event) = events.recv().await {
+            self.take(event).await;
+        }
+    }
+
+    async fn take(&self, event: Event) {
+        match event {
+            Event::Frame { from, frame } | Event::Datagram { from, datagram: frame } => {
+                match PeerFrame::decode(&frame) {
+                    Ok(PeerFrame::Raft(message)) => {
+                        self.replica.input_or_drop(Input::Message { from, message })
+                    }
+                    Ok(PeerFrame::Alive(alive)) => self.replica.input_or_drop(Input::Alive { from, alive }),
+                    Ok(PeerFrame::Forward(command)) => {
+                        self.replica.input_or_drop(Input::Forwarded { from, command: Box::new(command) });
+                    }
+                    Err(error) => warn!(%from, %error, "a frame that is none"),
+                }
+            }
+            Event::Bulk { from, header, body } => {
+                match (SnapshotHeader::decode(&header), from_bytes(&body)) {
+                    (Ok(header), Some(frames)) if header.message.from == from.0 => {
+                        info!(%from, bytes = body.len(), "snapshot received");
+                        self.replica.input(Input::SnapshotStaged { message: header.message, frames }).await;
+                    }
+                    _ => warn!(%from, "a snapshot that is none"),
+                }
+            }
+            Event::Stream { from, stream } => {
+                // Before this node serves, a peer gets nothing and asks again.
+                if let Some(server) = self.server.get().cloned() {
+                    self.executor
+                        .spawn(async move { server.serve(stream, Connection::Peer(from)).await })
+                        .detach();
+                }
+            }
+            Event::Join(asked) => {
+                if let Some(backend) = self.late.backend.get().cloned() {
+                    self.executor.spawn(answer_join(backend, asked)).detach();
+                }
+            }
+            Event::Up { .. } => {}
+            Event::Down { peer, .. } => self.replica.input_or_drop(Input::Unreachable { peer }),
+            Event::Refused { address, node, refusal, by } => {
+                warn!(%address, ?node, ?by, reason = %refusal, "connection refused");
+                if by == RefusedBy::Peer && refusal.code == RefusalCode::Removed {
+                    let _ = self.end.try_send(Ended::Removed);
+                }
+            }
+        }
+    }
+}
+
+/// Keeps the transport's table of members as the state has it, and tells it when this node is lonely.
+async fn keep_members(transport: Transport, replica: Handle, data_dir: std::path::PathBuf, own: NodeId) {
+    let watch = replica.published().watch();
+    let mut has_forgotten = false;
+    let first: BTreeMap<NodeId, PublicKey> = founding::first_members(&data_dir)
+        .into_iter()
+        .map(|(node, member)| (node, member.public_key))
+        .collect();
+    let mut told = None;
+    loop {
+        let state = replica.state();
+        let members: BTreeMap<NodeId, PublicKey> = match state.cluster() {
+            // A fresh member's state is empty until its first snapshot.
+            None => first.clone(),
+            Some(_) => state.nodes.rows().map(|node| (node.id, node.public_key)).collect(),
+        };
+        if told.as_ref() != Some(&members) && !members.is_empty() {
+            transport.set_members(members.clone());
+            told = Some(members.clone());
+        }
+        if state.nodes.contains(&own) && !has_forgotten {
+            founding::forget_first_members(&data_dir);
+            has_forgotten = true;
+        }
+        let connected = transport.connections().len() + 1;
+        transport.set_lonely(members.len() > 1 && connected * 2 <= members.len());
+        if let Some(status) = replica.status().await {
+            transport.set_position(status.term, status.last_index);
+        }
+        peer::within(Duration::from_secs(1), watch.changed()).await;
+        // Changes come in bursts.
+        async_io::Timer::after(Duration::from_millis(20)).await;
+    }
+}
+
+/// Routes to the other nodes' containers follow where those nodes are.
+async fn keep_routes(ground: Ground, transport: Transport, replica: Handle, own: NodeId) {
+    let mut told = None;
+    loop {
+        let state = replica.state();
+        let routes: BTreeMap<u8, std::net::Ipv4Addr> = transport
+            .connections()
+            .into_iter()
+            .filter(|(node, _)| *node != own)
+            .filter_map(|(node, connection)| {
+                let number = state.nodes.find(&node)?.number;
+                match connection.address.ip().to_canonical() {
+                    std::net::IpAddr::V4(address) => Some((number, address)),
+                    std::net::IpAddr::V6(_) => None,
+                }
+            })
+            .collect();
+        if told.as_ref() != Some(&routes) {
+            let (network, wanted) = (ground.network.clone(), routes.clone());
+            match smol::unblock(move || network.set_routes(&wanted)).await {
+                Ok(()) => told = Some(routes),
+                Err(error) => warn!(error = crate::agent::chain(&error), "routes to other nodes"),
+            }
+        }
+        async_io::Timer::after(Duration::from_millis(500)).await;
+    }
+}
+
+async fn accept_local(listener: Arc<Async<UnixListener>>, server: Server, executor: Arc<Executor<'static>>) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let server = server.clone();
+                executor.spawn(async move { server.serve(stream, Connection::Local).await }).detach();
+            }
+            Err(error) => {
+                warn!(%error, "accept on the local socket");
+                async_io::Timer::after(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn accept_tls(
+    listener: Async<TcpListener>,
+    https: HttpsServer,
+    server: Server,
+    executor: Arc<Executor<'static>>,
+) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, address)) => {
+                let (server, https) = (server.clone(), https.clone());
+                executor
+                    .spawn(async move {
+                        match https.accept(stream).await {
+                            Ok((stream, peer)) => server.serve(stream, Connection::Tls(peer)).await,
+                            Err(error) => tracing::debug!(%address, %error, "handshake"),
+                        }
+                    })
+                    .detach();
+            }
+            // Out of descriptors, most likely: those that serve must end first.
+            Err(error) => {
+                warn!(%error, "accept on TCP");
+                async_io::Timer::after(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
