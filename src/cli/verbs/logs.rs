@@ -34,6 +34,9 @@ pub struct Logs {
     /// only the last N lines of each instance
     #[argh(option, short = 'n', arg_name = "N")]
     tail: Option<u64>,
+    /// what the instance printed that had this one's place before
+    #[argh(switch, short = 'p')]
+    previous: bool,
     /// show the time of each line
     #[argh(switch, short = 't')]
     timestamps: bool,
@@ -73,18 +76,24 @@ impl Logs {
             name_width: (instances.len() > 1).then_some(width),
             has_colour: terminal::has_colour(),
         };
+        if self.previous && self.follow {
+            return Err(Failure::usage("-p and -f exclude each other: what is dead prints no more").into());
+        }
         match self.follow {
             true => self.follow_all(&client, &selection, &instances, &style).await,
             false => self.merge(&client, &instances, &style).await,
         }
     }
 
-    fn path(&self, id: &str) -> String {
-        let tail = self.tail.map(|tail| format!("tail={tail}"));
-        let follow = self.follow.then(|| "follow=true".to_owned());
-        let query: Vec<String> = follow.into_iter().chain(tail).collect();
+    fn path(&self, instance: &InstanceBody) -> String {
+        let mut query = Vec::new();
+        query.extend(self.follow.then(|| "follow=true".to_owned()));
+        query.extend(self.previous.then(|| "dead=true".to_owned()));
+        query.extend(self.tail.map(|tail| format!("tail={tail}")));
+        // The dead are known by name only.
+        let name = if self.previous { &instance.name } else { &instance.id };
         let mark = if query.is_empty() { "" } else { "?" };
-        format!("/v1/instances/{}/logs{mark}{}", escape(id), query.join("&"))
+        format!("/v1/instances/{}/logs{mark}{}", escape(name), query.join("&"))
     }
 
     async fn merge(&self, client: &Client, instances: &[&InstanceBody], style: &Style) -> anyhow::Result<()> {
@@ -92,7 +101,7 @@ impl Logs {
         let mut failed = None;
         for instance in instances {
             let opened = async {
-                let mut lines = client.lines(&self.path(&instance.id)).await?;
+                let mut lines = client.lines(&self.path(instance)).await?;
                 Ok::<_, anyhow::Error>(lines.next().await?.map(|first| (lines, first)))
             };
             match opened.await {
@@ -149,7 +158,7 @@ impl Logs {
     /// Spawns nothing that outlives the executor: it ends with this program.
     async fn follow_one(&self, client: &Client, instance: &InstanceBody, sender: &Sender<(String, LogLine)>) {
         let name = instance.name.clone();
-        let mut lines = match client.lines(&self.path(&instance.id)).await {
+        let mut lines = match client.lines(&self.path(instance)).await {
             Ok(lines) => lines,
             Err(error) => return eprintln!("{name}: {}", chain(&error)),
         };

@@ -104,7 +104,7 @@ async fn explain_failed(client: &Client, status: &StatusBody, name: &str) -> Fai
     let service = status.services.iter().find(|service| service.name == name);
     let app = service.map_or("", |service| service.app.as_str());
     if let Some(instance) = service.and_then(failed_instance) {
-        match within(FAILED_LINES_LIMIT, last_lines(client, &instance.id)).await {
+        match within(FAILED_LINES_LIMIT, last_lines(client, instance)).await {
             Some(Ok(lines)) if !lines.is_empty() => {
                 eprintln!("the last lines of {}:", instance.name);
                 lines.iter().for_each(|line| eprintln!("  {}", line.text.trim_end()));
@@ -124,8 +124,22 @@ fn failed_instance(service: &ServiceBody) -> Option<&InstanceBody> {
     service.instances.iter().filter(|row| row.name == *name).max_by_key(|row| row.spec_version)
 }
 
-async fn last_lines(client: &Client, id: &str) -> anyhow::Result<Vec<LogLine>> {
-    let mut lines = client.lines(&format!("/v1/instances/{}/logs?tail={FAILED_LINES}", escape(id))).await?;
+/// Where the slot has its old instance back, the one that failed is dead, and its log is kept under its name.
+async fn last_lines(client: &Client, instance: &InstanceBody) -> anyhow::Result<Vec<LogLine>> {
+    let path = |name: &str, query: &str| format!("/v1/instances/{}/logs?{query}", escape(name));
+    let own = path(&instance.id, &format!("tail={FAILED_LINES}"));
+    if !matches!(instance.phase.as_str(), "running" | "healthy" | "pending" | "assigned" | "preparing") {
+        return read_lines(client, &own).await;
+    }
+    let dead = path(&instance.name, &format!("dead=true&tail={FAILED_LINES}"));
+    match read_lines(client, &dead).await {
+        Ok(lines) => Ok(lines),
+        Err(_) => read_lines(client, &own).await,
+    }
+}
+
+async fn read_lines(client: &Client, path: &str) -> anyhow::Result<Vec<LogLine>> {
+    let mut lines = client.lines(path).await?;
     let mut last = Vec::new();
     while let Some(line) = lines.next().await? {
         last.push(line);
