@@ -248,6 +248,12 @@ async fn resolve(
     if let Some(artifact) = loaded {
         return Ok((artifact.digest.clone(), None));
     }
+    // A registry that is away must not keep what runs from being deployed again.
+    let known = state
+        .artifacts
+        .rows()
+        .find(|artifact| artifact.kind == ArtifactKind::RegistryImage && artifact.names.contains(&full))
+        .map(|artifact| artifact.digest.clone());
     let (ground, settings) = (backend.ground.clone(), state.cluster_settings());
     let resolved = smol::unblock(move || {
         let registry = ground.artifacts.registry(&settings).map_err(|error| ApiError::internal(&error))?;
@@ -256,7 +262,15 @@ async fn resolve(
                 .hint("is the name right, and can this node reach the registry? An image file goes in with tinydc image load FILE")
         })
     })
-    .await?;
+    .await;
+    let resolved = match (resolved, known) {
+        (Ok(resolved), _) => resolved,
+        (Err(error), Some(digest)) => {
+            tracing::warn!(image = reference, error = %error, "registry not asked; the known digest is used");
+            return Ok((digest, None));
+        }
+        (Err(error), None) => return Err(error),
+    };
     let digest = Digest::new(&resolved.digest.to_string()).map_err(|error| ApiError::internal(&error))?;
     let platforms =
         resolved.platforms.iter().map(|platform| (platform_name(platform), digest.clone())).collect();

@@ -14,6 +14,7 @@ const NAMES_PER_ARTIFACT_MAX: usize = 64;
 
 pub fn deploy(state: &mut State, spec: &AppSpec, artifacts: &[Artifact]) -> Outcome {
     check_bounds(state, spec)?;
+    let spec = &with_ports_chosen(state, spec)?;
     check_ports(state, spec)?;
     for artifact in artifacts {
         merge_artifact(state, artifact);
@@ -93,6 +94,39 @@ fn check_bounds(state: &State, spec: &AppSpec) -> Result<(), Rejection> {
         return invalid(format!("{} instances in all; at most {INSTANCES_MAX}", others + wanted));
     }
     Ok(())
+}
+
+/// From which a port is taken where a service asks for any.
+const FREE_PORTS: std::ops::RangeInclusive<u16> = 30_000..=32_767;
+
+/// Chooses a port where none was named; a service that has one keeps it.
+fn with_ports_chosen(state: &State, spec: &AppSpec) -> Result<AppSpec, Rejection> {
+    let mut spec = spec.clone();
+    let mut taken: BTreeSet<u16> = state
+        .services
+        .rows()
+        .flat_map(|service| service.spec.ports.iter().filter_map(|port| port.published))
+        .chain(
+            spec.services.values().flat_map(|service| service.ports.iter().filter_map(|port| port.published)),
+        )
+        .collect();
+    for (name, service) in &mut spec.services {
+        let before =
+            state.service_by_name(&spec.name, name).map(|row| row.spec.ports.clone()).unwrap_or_default();
+        for port in service.ports.iter_mut().filter(|port| port.published.is_none()) {
+            let is_same = |old: &&PortSpec| {
+                old.target == port.target
+                    && old.protocol == port.protocol
+                    && old.published.is_some_and(|published| FREE_PORTS.contains(&published))
+            };
+            let kept = before.iter().find(is_same).and_then(|old| old.published);
+            let chosen = kept.or_else(|| FREE_PORTS.clone().find(|candidate| !taken.contains(candidate)));
+            let chosen = chosen.ok_or_else(|| Rejection::Invalid("no port is left to publish".into()))?;
+            taken.insert(chosen);
+            port.published = Some(chosen);
+        }
+    }
+    Ok(spec)
 }
 
 /// A port published to all nodes has one owner in the whole cluster.

@@ -301,6 +301,22 @@ fn a_port_has_one_owner() {
 }
 
 #[test]
+fn a_port_that_nobody_named_is_chosen_and_kept() {
+    let mut applier = Applier::with_nodes(1);
+    let any = PortSpec { published: None, ..port(0) };
+    let service = ServiceSpec { ports: vec![any], ..spec("1") };
+    applier.deploy("shop", &[("web", service.clone())]);
+    applier.deploy("blog", &[("web", service.clone())]);
+    let ports = |applier: &Applier| -> Vec<Option<u16>> {
+        applier.state.services.rows().map(|service| service.spec.ports[0].published).collect()
+    };
+    assert_eq!(ports(&applier), [Some(30_000), Some(30_001)]);
+    let reply = applier.deploy("shop", &[("web", service)]);
+    assert_eq!(reply, Reply::Deployed { revision: 1, changed: Vec::new(), removed: Vec::new() });
+    assert_eq!(ports(&applier), [Some(30_000), Some(30_001)]);
+}
+
+#[test]
 fn reports_of_another_run_are_void() {
     let mut applier = Applier::with_nodes(1);
     let report = NodeReport { holds: Vec::new(), ..NodeReport::default() };
