@@ -64,7 +64,11 @@ impl Logs {
             return Err(Failure::usage("logs of what?").hint("tinydc logs APP, or APP/SERVICE").into());
         };
         let selection = resolve(&name, here.as_deref(), &status.services)?;
-        let instances = selection.instances(&status.services);
+        let mut instances = selection.instances(&status.services);
+        if self.previous {
+            // During an update two instances share a name, but the dead are asked for by name.
+            instances.dedup_by(|a, b| a.name == b.name);
+        }
         if instances.is_empty() && !self.follow {
             let failure = Failure::refused(format!("{name} has no instance"));
             return Err(failure.hint(format!("tinydc status {} says why", selection.app)).into());
@@ -135,8 +139,10 @@ impl Logs {
         let (sender, receiver) = async_channel::bounded(LINES_WAITING_MAX);
         let mut known = BTreeSet::new();
         for instance in instances {
-            known.insert(instance.id.clone());
-            self.follow_one(client, instance, &sender).await;
+            match self.follow_one(client, instance, &sender).await {
+                Ok(()) => drop(known.insert(instance.id.clone())),
+                Err(error) => eprintln!("{}: {}", instance.name, chain(&error)),
+            }
         }
         let look = async {
             loop {
@@ -145,8 +151,10 @@ impl Logs {
                 // Without an answer the next look will do.
                 let Ok(status) = client.read::<StatusBody>(&path).await else { continue };
                 for instance in selection.instances(&status.services) {
-                    if instance.node.is_some() && known.insert(instance.id.clone()) {
-                        self.follow_one(client, instance, &sender).await;
+                    let is_new = instance.node.is_some() && !known.contains(&instance.id);
+                    // One that has printed nothing yet has no log: the next look tries again.
+                    if is_new && self.follow_one(client, instance, &sender).await.is_ok() {
+                        known.insert(instance.id.clone());
                     }
                 }
             }
@@ -156,12 +164,14 @@ impl Logs {
     }
 
     /// Spawns nothing that outlives the executor: it ends with this program.
-    async fn follow_one(&self, client: &Client, instance: &InstanceBody, sender: &Sender<(String, LogLine)>) {
+    async fn follow_one(
+        &self,
+        client: &Client,
+        instance: &InstanceBody,
+        sender: &Sender<(String, LogLine)>,
+    ) -> anyhow::Result<()> {
         let name = instance.name.clone();
-        let mut lines = match client.lines(&self.path(instance)).await {
-            Ok(lines) => lines,
-            Err(error) => return eprintln!("{name}: {}", chain(&error)),
-        };
+        let mut lines = client.lines(&self.path(instance)).await?;
         let sender = sender.clone();
         let work = async move {
             loop {
@@ -177,6 +187,7 @@ impl Logs {
             }
         };
         client.executor.spawn(work).detach();
+        Ok(())
     }
 }
 
