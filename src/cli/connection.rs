@@ -87,6 +87,11 @@ impl Target {
         }
         let store = Store::open()?;
         let context = store.load(name)?;
+        Target::of_context(store, context)
+    }
+
+    pub fn of_context(store: Store, context: Context) -> anyhow::Result<Target> {
+        let name = &context.name;
         let shown = (context.certificate.clone(), &context.key);
         let client = HttpsClient::new(context.authority.clone(), Some(shown))
             .with_context(|| format!("set up TLS for context {name}"))?;
@@ -208,7 +213,9 @@ impl Remote {
     pub fn remember(&self, hosts: &[String]) {
         let mut context = self.context.borrow_mut();
         let known = context.file.addresses.clone();
-        let addresses: Vec<SocketAddr> = hosts.iter().filter_map(|host| api_address(host, &known)).collect();
+        // First the port that answered just now.
+        let ports: Vec<SocketAddr> = self.preferred.get().into_iter().chain(known.iter().copied()).collect();
+        let addresses: Vec<SocketAddr> = hosts.iter().filter_map(|host| api_address(host, &ports)).collect();
         let is_news = addresses.iter().any(|address| !known.contains(address));
         if addresses.is_empty() || !is_news && addresses.len() == known.len() {
             return;
@@ -224,7 +231,7 @@ impl Remote {
     }
 }
 
-/// A node tells its IP address only; the port is what this context used for it, or for any node.
+/// A node tells its IP address only; the port is what this context used for it, or the first known.
 fn api_address(host: &str, known: &[SocketAddr]) -> Option<SocketAddr> {
     let address = host.parse::<SocketAddr>().map(|address| address.ip()).or_else(|_| host.parse()).ok()?;
     let same = known.iter().find(|known| known.ip() == address).or(known.first());

@@ -5,7 +5,7 @@ use super::failure::Failure;
 pub const OVERVIEW: &str = "\
 tinydc turns a handful of small boards into one small datacenter.
 
-  $ tinydc deploy              the compose.yaml of this directory; it ends with the addresses to open
+  $ tinydc deploy      in a directory with a compose.yaml; it ends with the addresses to open
 
 Apps
   deploy       run what a Compose file describes, or change what runs (also: up -d)

@@ -40,11 +40,18 @@ impl Cell {
 pub struct Table {
     header: Vec<&'static str>,
     rows: Vec<Vec<Cell>>,
+    wraps_last: bool,
 }
 
 impl Table {
     pub fn new(header: &[&'static str]) -> Table {
-        Table { header: header.to_vec(), rows: Vec::new() }
+        Table { header: header.to_vec(), rows: Vec::new(), wraps_last: false }
+    }
+
+    /// For sentences: the last column goes on in the next line instead of being cut.
+    pub fn wrapping_last(mut self) -> Table {
+        self.wraps_last = true;
+        self
     }
 
     pub fn row(&mut self, cells: impl IntoIterator<Item = Cell>) {
@@ -79,11 +86,34 @@ impl Table {
         let header: Vec<Cell> = self.header.iter().map(|text| Cell::coloured(*text, Colour::Faint)).collect();
         std::iter::once(&header)
             .chain(&self.rows)
-            .map(|row| {
-                let cells: Vec<&Cell> = shown.iter().map(|column| &row[*column]).collect();
-                line(&cells, &widths, has_colour)
+            .flat_map(|row| {
+                let cells: Vec<Cell> = shown.iter().map(|column| row[*column].clone()).collect();
+                self.wrapped(cells, &widths)
             })
+            .map(|cells| line(&cells, &widths, has_colour))
             .collect()
+    }
+
+    /// One row as the lines it takes.
+    fn wrapped(&self, cells: Vec<Cell>, widths: &[usize]) -> Vec<Vec<Cell>> {
+        let (Some(last), Some(width), true) = (cells.last(), widths.last(), self.wraps_last) else {
+            return vec![cells];
+        };
+        let colour = last.colour;
+        let mut lines = Vec::new();
+        let mut rest = last.text.as_str();
+        loop {
+            let (head, tail) = split_at_word(rest, *width);
+            let mut row = if lines.is_empty() { cells.clone() } else { vec![Cell::default(); cells.len()] };
+            if let Some(last) = row.last_mut() {
+                *last = Cell { text: head.into(), colour };
+            }
+            lines.push(row);
+            if tail.is_empty() {
+                return lines;
+            }
+            rest = tail;
+        }
     }
 }
 
@@ -98,7 +128,17 @@ fn shrink(widths: &mut [usize], width_max: usize) {
     }
 }
 
-fn line(cells: &[&Cell], widths: &[usize], has_colour: bool) -> String {
+/// The words that fit, and the rest; a word that alone is too long is cut.
+fn split_at_word(text: &str, width: usize) -> (&str, &str) {
+    let Some((end, _)) = text.char_indices().nth(width) else { return (text, "") };
+    let at = match text[end..].starts_with(' ') {
+        true => end,
+        false => text[..end].rfind(' ').filter(|at| *at > 0).unwrap_or(end),
+    };
+    (&text[..at], text[at..].trim_start())
+}
+
+fn line(cells: &[Cell], widths: &[usize], has_colour: bool) -> String {
     let mut line = String::new();
     // Blanks are written before the next text only, so that no line ends in them.
     let mut blanks = 0;
@@ -164,6 +204,14 @@ mod tests {
     fn control_characters_do_not_reach_the_terminal() {
         let lines = table(&[["a\x1b[2Jb", "c\nd", "e"]]).lines(100, false);
         assert!(!lines[1].contains('\x1b') && lines.len() == 2);
+    }
+
+    #[test]
+    fn a_sentence_goes_on_in_the_next_line() {
+        let lines = table(&[["a", "b", "one two three four"]]).wrapping_last().lines(20, false);
+        assert_eq!(lines[1..], ["a     b      one two", "             three", "             four"]);
+        let lines = table(&[["a", "b", "0123456789"]]).wrapping_last().lines(20, false);
+        assert_eq!(lines[1..], ["a     b      0123456", "             789"]);
     }
 
     #[test]

@@ -5,9 +5,16 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 
+use futures_lite::{AsyncReadExt, AsyncWriteExt};
+
 use super::*;
 use crate::api::wire::{EventBody, VersionBody};
 use crate::cli::contexts::tests::Folder;
+use crate::cli::contexts::{Context, ContextFile, Store};
+use crate::transport::authority::Authority;
+use crate::transport::https::HttpsServer;
+use crate::transport::identity::{Membership, NodeKey};
+use crate::transport::ids::{ClusterId, NodeId, StoreId};
 
 #[derive(Clone, Copy)]
 enum Answer {
@@ -151,6 +158,89 @@ fn lines_arrive_one_by_one_and_nonsense_is_an_error() {
         assert!(lines.next::<EventBody>().await.is_err());
         assert!(lines.next::<EventBody>().await.unwrap().is_none());
     });
+}
+
+/// A node with one HTTPS port, which answers each request with `body`; gives the context that may use it.
+fn serve_https(body: String) -> (Context, thread::JoinHandle<Vec<String>>) {
+    let authority = Authority::create().unwrap();
+    let (node, person) = (NodeKey::create().unwrap(), NodeKey::create().unwrap());
+    let membership = Membership {
+        node_id: NodeId(1),
+        store_id: StoreId(1),
+        cluster_id: ClusterId(7),
+        cluster_name: "home".into(),
+        certificate: authority.sign_node(node.public_key()).unwrap(),
+        authority: authority.certificate().clone(),
+    };
+    let server = HttpsServer::new(&node, &membership).unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let served = thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        async_io::block_on(async {
+            let (mut stream, peer) = server.accept(async_io::Async::new(stream).unwrap()).await.unwrap();
+            let mut request = vec![0; 4096];
+            let length = stream.read(&mut request).await.unwrap();
+            let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len());
+            stream.write_all(format!("{head}{body}").as_bytes()).await.unwrap();
+            stream.flush().await.unwrap();
+            vec![
+                format!("{:?}", peer.unwrap().role),
+                String::from_utf8_lossy(&request[..length]).into_owned(),
+            ]
+        })
+    });
+    let file = ContextFile { cluster: "home".into(), cluster_id: "7".into(), addresses: vec![address] };
+    let context = Context {
+        name: "home".into(),
+        file,
+        certificate: authority.sign_operator(person.public_key(), "ann", 1_795_000_000).unwrap(),
+        authority: authority.certificate().clone(),
+        key: person,
+    };
+    (context, served)
+}
+
+#[test]
+fn a_context_finds_the_node_that_answers_and_remembers_the_others() {
+    let folder = Folder::create();
+    let store = Store::at(folder.0.clone());
+    let node = r#"{"id":"n2","name":"pi2","state":"up","role":"voter","address":"127.0.0.9","architecture":"arm64",
+        "cpu_millis":1,"memory_bytes":1,"memory_available_bytes":null,"reserved_cpu_millis":0,
+        "reserved_memory_bytes":0,"instances":0,"labels":{},"software":"1","silent_ms":null,"joined_at":"t",
+        "only_copies":[]}"#;
+    let (mut context, served) = serve_https(format!(r#"{{"applied_index":1,"nodes":[{node}]}}"#));
+    let alive = context.file.addresses[0];
+    // Nothing listens there: a port that was just given back.
+    let dead = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    context.file.addresses = vec![dead, alive];
+    store.save(&context).unwrap();
+    let target = Target::of_context(Store::at(folder.0.clone()), store.load("home").unwrap()).unwrap();
+    let client = Client::new(Rc::new(LocalExecutor::new()), target, true);
+    let nodes = async_io::block_on(client.executor.clone().run(client.nodes())).unwrap();
+    assert_eq!(nodes.nodes[0].name, "pi2");
+    let served = served.join().unwrap();
+    assert!(served[0].contains("Operator") && served[1].starts_with("GET /v1/nodes HTTP/1.1"), "{served:?}");
+    let expected = [std::net::SocketAddr::from(([127, 0, 0, 9], alive.port())), alive];
+    let remembered = store.load("home").unwrap().file.addresses;
+    assert!(expected.iter().all(|address| remembered.contains(address)), "{remembered:?}");
+    assert!(!remembered.contains(&dead));
+}
+
+#[test]
+fn a_node_of_another_cluster_is_told_nothing() {
+    let folder = Folder::create();
+    let store = Store::at(folder.0.clone());
+    let (mut context, served) = serve_https("{}".into());
+    let (other, _) = serve_https("{}".into());
+    context.authority = other.authority;
+    context.certificate = other.certificate;
+    context.key = other.key;
+    let target = Target::of_context(store, context).unwrap();
+    let client = Client::new(Rc::new(LocalExecutor::new()), target, true);
+    let error = async_io::block_on(client.executor.clone().run(client.read::<()>("/v1/x"))).unwrap_err();
+    assert_eq!(exit(&error), 3, "{error}");
+    assert!(served.join().is_err(), "the server saw a request");
 }
 
 #[test]

@@ -3,7 +3,9 @@
 use argh::FromArgs;
 
 use super::people::ago;
-use crate::api::wire::{AppsBody, InstanceBody, NodeBody, ServiceBody, StatusBody, VolumeBody};
+use crate::api::wire::{
+    AppsBody, InstanceBody, InstancesBody, NodeBody, ServiceBody, StatusBody, VolumeBody,
+};
 use crate::cli::client::escape;
 use crate::cli::figures::{age, count, size};
 use crate::cli::names::{Selection, resolve};
@@ -65,7 +67,11 @@ impl Ps {
             Some(selection) => selection.instances(&status.services),
             None => status.services.iter().flat_map(|service| &service.instances).collect(),
         };
-        session.show(&instances, |instances| {
+        let body = InstancesBody {
+            freshness: status.freshness.clone(),
+            instances: instances.iter().map(|instance| (*instance).clone()).collect(),
+        };
+        session.show(&body, |_| {
             if instances.is_empty() {
                 print_line(if status.services.is_empty() {
                     NOTHING
@@ -74,7 +80,7 @@ impl Ps {
                 });
                 return;
             }
-            instance_table(instances).print();
+            instance_table(&instances).print();
         })
     }
 }

@@ -154,6 +154,9 @@ fn enrol(token: &Token, key: &NodeKey, subject: JoinSubject) -> anyhow::Result<E
         Err(error @ JoinError::Unanswered { .. }) => {
             Err(Failure::unknown_outcome(chain(&error.into())).into())
         }
+        Err(error @ JoinError::NoAddress) => Err(Failure::refused(error.to_string())
+            .hint("the node had no network when it made the token; connect it and make another")
+            .into()),
         Err(error) => Err(error.into()),
     }
 }

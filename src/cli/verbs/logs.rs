@@ -34,6 +34,9 @@ pub struct Logs {
     /// only the last N lines of each instance
     #[argh(option, short = 'n', arg_name = "N")]
     tail: Option<u64>,
+    /// what the instance printed that had this one's place before
+    #[argh(switch, short = 'p')]
+    previous: bool,
     /// show the time of each line
     #[argh(switch, short = 't')]
     timestamps: bool,
@@ -61,7 +64,11 @@ impl Logs {
             return Err(Failure::usage("logs of what?").hint("tinydc logs APP, or APP/SERVICE").into());
         };
         let selection = resolve(&name, here.as_deref(), &status.services)?;
-        let instances = selection.instances(&status.services);
+        let mut instances = selection.instances(&status.services);
+        if self.previous {
+            // During an update two instances share a name, but the dead are asked for by name.
+            instances.dedup_by(|a, b| a.name == b.name);
+        }
         if instances.is_empty() && !self.follow {
             let failure = Failure::refused(format!("{name} has no instance"));
             return Err(failure.hint(format!("tinydc status {} says why", selection.app)).into());
@@ -73,18 +80,24 @@ impl Logs {
             name_width: (instances.len() > 1).then_some(width),
             has_colour: terminal::has_colour(),
         };
+        if self.previous && self.follow {
+            return Err(Failure::usage("-p and -f exclude each other: what is dead prints no more").into());
+        }
         match self.follow {
             true => self.follow_all(&client, &selection, &instances, &style).await,
             false => self.merge(&client, &instances, &style).await,
         }
     }
 
-    fn path(&self, id: &str) -> String {
-        let tail = self.tail.map(|tail| format!("tail={tail}"));
-        let follow = self.follow.then(|| "follow=true".to_owned());
-        let query: Vec<String> = follow.into_iter().chain(tail).collect();
+    fn path(&self, instance: &InstanceBody) -> String {
+        let mut query = Vec::new();
+        query.extend(self.follow.then(|| "follow=true".to_owned()));
+        query.extend(self.previous.then(|| "dead=true".to_owned()));
+        query.extend(self.tail.map(|tail| format!("tail={tail}")));
+        // The dead are known by name only.
+        let name = if self.previous { &instance.name } else { &instance.id };
         let mark = if query.is_empty() { "" } else { "?" };
-        format!("/v1/instances/{}/logs{mark}{}", escape(id), query.join("&"))
+        format!("/v1/instances/{}/logs{mark}{}", escape(name), query.join("&"))
     }
 
     async fn merge(&self, client: &Client, instances: &[&InstanceBody], style: &Style) -> anyhow::Result<()> {
@@ -92,7 +105,7 @@ impl Logs {
         let mut failed = None;
         for instance in instances {
             let opened = async {
-                let mut lines = client.lines(&self.path(&instance.id)).await?;
+                let mut lines = client.lines(&self.path(instance)).await?;
                 Ok::<_, anyhow::Error>(lines.next().await?.map(|first| (lines, first)))
             };
             match opened.await {
@@ -126,8 +139,10 @@ impl Logs {
         let (sender, receiver) = async_channel::bounded(LINES_WAITING_MAX);
         let mut known = BTreeSet::new();
         for instance in instances {
-            known.insert(instance.id.clone());
-            self.follow_one(client, instance, &sender).await;
+            match self.follow_one(client, instance, &sender).await {
+                Ok(()) => drop(known.insert(instance.id.clone())),
+                Err(error) => eprintln!("{}: {}", instance.name, chain(&error)),
+            }
         }
         let look = async {
             loop {
@@ -136,8 +151,10 @@ impl Logs {
                 // Without an answer the next look will do.
                 let Ok(status) = client.read::<StatusBody>(&path).await else { continue };
                 for instance in selection.instances(&status.services) {
-                    if instance.node.is_some() && known.insert(instance.id.clone()) {
-                        self.follow_one(client, instance, &sender).await;
+                    let is_new = instance.node.is_some() && !known.contains(&instance.id);
+                    // One that has printed nothing yet has no log: the next look tries again.
+                    if is_new && self.follow_one(client, instance, &sender).await.is_ok() {
+                        known.insert(instance.id.clone());
                     }
                 }
             }
@@ -147,12 +164,14 @@ impl Logs {
     }
 
     /// Spawns nothing that outlives the executor: it ends with this program.
-    async fn follow_one(&self, client: &Client, instance: &InstanceBody, sender: &Sender<(String, LogLine)>) {
+    async fn follow_one(
+        &self,
+        client: &Client,
+        instance: &InstanceBody,
+        sender: &Sender<(String, LogLine)>,
+    ) -> anyhow::Result<()> {
         let name = instance.name.clone();
-        let mut lines = match client.lines(&self.path(&instance.id)).await {
-            Ok(lines) => lines,
-            Err(error) => return eprintln!("{name}: {}", chain(&error)),
-        };
+        let mut lines = client.lines(&self.path(instance)).await?;
         let sender = sender.clone();
         let work = async move {
             loop {
@@ -168,6 +187,7 @@ impl Logs {
             }
         };
         client.executor.spawn(work).detach();
+        Ok(())
     }
 }
 

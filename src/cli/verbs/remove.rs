@@ -69,7 +69,10 @@ impl Remove {
         let query = if self.volumes { "?volumes=true" } else { "" };
         let reply: RemoveReply = client.delete(&format!("/v1/apps/{}{query}", escape(app))).await?;
         session.show(&reply, |reply| {
-            print_line(&format!("App {app} is removed."));
+            print_line(&match self.volumes {
+                true => format!("App {app} and its volumes are removed."),
+                false => format!("App {app} is removed."),
+            });
             reply.volumes.iter().for_each(|volume| print_line(&kept_sentence(volume)));
         })
     }

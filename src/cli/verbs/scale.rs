@@ -79,6 +79,6 @@ impl Scale {
             });
         }
         let status = progress::wait(session, &client, &app, timeout).await?;
-        session.show(&status, |status| progress::print_end(status))
+        session.show(&status, progress::print_end)
     }
 }

@@ -49,7 +49,7 @@ impl Settings {
 }
 
 fn print(body: &SettingsBody) {
-    let mut table = Table::new(&["KEY", "VALUE", "DEFAULT", "MEANING"]);
+    let mut table = Table::new(&["KEY", "VALUE", "DEFAULT", "MEANING"]).wrapping_last();
     for setting in &body.settings {
         let value = match setting.value == setting.default {
             true => Cell::from(&setting.value),

@@ -42,8 +42,11 @@ fn state(services: &[ServiceBody]) -> State {
     if let Some(failed) = services.iter().find(|service| service.update == "failed") {
         return State::Failed(failed.name.clone());
     }
-    let is_settled = |service: &ServiceBody| service.update == "done" && service.settled >= service.wanted;
     if services.iter().all(is_settled) { State::Settled } else { State::Waiting }
+}
+
+fn is_settled(service: &ServiceBody) -> bool {
+    service.update == "done" && service.settled >= service.wanted
 }
 
 /// The last status: every service is settled in it.
@@ -86,8 +89,11 @@ fn is_passing(error: &anyhow::Error) -> bool {
 
 fn explain_timeout(app: &str, status: Option<&StatusBody>, timeout: Duration) -> Failure {
     let services = status.map_or(&[][..], |status| &status.services);
-    for service in services.iter().filter(|service| service.settled < service.wanted) {
-        eprintln!("{}", line(service));
+    for service in services.iter().filter(|service| !is_settled(service)) {
+        match service.settled < service.wanted {
+            true => eprintln!("{}", line(service)),
+            false => eprintln!("{}  old instances are still being replaced", line(service)),
+        }
         notes(service).iter().for_each(|note| eprintln!("  {note}"));
     }
     Failure::refused(format!("{app} does not serve after {} s; the deploy goes on", timeout.as_secs()))
@@ -98,7 +104,7 @@ async fn explain_failed(client: &Client, status: &StatusBody, name: &str) -> Fai
     let service = status.services.iter().find(|service| service.name == name);
     let app = service.map_or("", |service| service.app.as_str());
     if let Some(instance) = service.and_then(failed_instance) {
-        match within(FAILED_LINES_LIMIT, last_lines(client, &instance.id)).await {
+        match within(FAILED_LINES_LIMIT, last_lines(client, instance)).await {
             Some(Ok(lines)) if !lines.is_empty() => {
                 eprintln!("the last lines of {}:", instance.name);
                 lines.iter().for_each(|line| eprintln!("  {}", line.text.trim_end()));
@@ -118,8 +124,22 @@ fn failed_instance(service: &ServiceBody) -> Option<&InstanceBody> {
     service.instances.iter().filter(|row| row.name == *name).max_by_key(|row| row.spec_version)
 }
 
-async fn last_lines(client: &Client, id: &str) -> anyhow::Result<Vec<LogLine>> {
-    let mut lines = client.lines(&format!("/v1/instances/{}/logs?tail={FAILED_LINES}", escape(id))).await?;
+/// Where the slot has its old instance back, the one that failed is dead, and its log is kept under its name.
+async fn last_lines(client: &Client, instance: &InstanceBody) -> anyhow::Result<Vec<LogLine>> {
+    let path = |name: &str, query: &str| format!("/v1/instances/{}/logs?{query}", escape(name));
+    let own = path(&instance.id, &format!("tail={FAILED_LINES}"));
+    if !matches!(instance.phase.as_str(), "running" | "healthy" | "pending" | "assigned" | "preparing") {
+        return read_lines(client, &own).await;
+    }
+    let dead = path(&instance.name, &format!("dead=true&tail={FAILED_LINES}"));
+    match read_lines(client, &dead).await {
+        Ok(lines) => Ok(lines),
+        Err(_) => read_lines(client, &own).await,
+    }
+}
+
+async fn read_lines(client: &Client, path: &str) -> anyhow::Result<Vec<LogLine>> {
+    let mut lines = client.lines(path).await?;
     let mut last = Vec::new();
     while let Some(line) = lines.next().await? {
         last.push(line);
@@ -226,7 +246,11 @@ pub fn print_end(status: &StatusBody) {
         }
     }
     let running: usize = status.services.iter().map(|service| service.settled).sum();
-    print_line(&format!("All {running} instances serve."));
+    print_line(&match running {
+        0 => "No instance is wanted, and none runs.".into(),
+        1 => "The instance serves.".into(),
+        running => format!("All {running} instances serve."),
+    });
 }
 
 #[cfg(test)]
