@@ -72,7 +72,10 @@ impl Backend {
         let deadline = Instant::now() + WRITE_LIMIT;
         let mut may_be_done = false;
         loop {
-            match self.submit_once(request, &command).await {
+            // An attempt may not outlast the whole.
+            let left = deadline.saturating_duration_since(Instant::now());
+            let attempt = peer::within(left, self.submit_once(request, &command)).await;
+            match attempt.unwrap_or(Err(Undone::Unknown)) {
                 Ok(outcome) => return outcome.map_err(ApiError::from),
                 Err(Undone::Unknown) => may_be_done = true,
                 Err(Undone::Busy) if Instant::now() >= deadline => {
@@ -94,9 +97,22 @@ impl Backend {
         match self.replica.write(Some(request), command.clone()).await {
             Ok(applied) => Ok(applied.outcome),
             Err(Undone::NotLeader { leader: Some(leader) }) if leader != self.node => {
-                peer::write(&self.transport, &self.executor, leader, request, command).await
+                let asked = peer::write(&self.transport, &self.executor, leader, request, command);
+                futures_lite::future::or(asked, self.deposed(leader)).await
             }
             Err(undone) => Err(undone),
+        }
+    }
+
+    /// Ends when `leader` leads no more: a dead one must not hold up a write until its link times out. Asking again is
+    /// safe, because the request keeps its id.
+    async fn deposed(&self, leader: NodeId) -> Result<Outcome, Undone> {
+        loop {
+            async_io::Timer::after(RETRY_PAUSE).await;
+            let status = self.replica.status().await;
+            if status.is_none_or(|status| status.leader != Some(leader)) {
+                return Err(Undone::Unknown);
+            }
         }
     }
 

@@ -9,7 +9,7 @@ use super::view::{Live, View};
 use super::wire::*;
 use super::{exec, images, instances, internal};
 use crate::model::*;
-use crate::state::{Command, Reply as StateReply, RequestMark, Role, TokenKind};
+use crate::state::{Command, Reply as StateReply, RequestMark, Role, State, TokenKind};
 use crate::transport::ids::AuthorityHash;
 use crate::transport::token::{Token, TokenKind as TokenText, TokenSecret};
 use bytes::Bytes;
@@ -254,23 +254,36 @@ async fn nodes(
         let nodes = shown.reading.state.nodes.rows().map(|node| view.node(node)).collect();
         return body::ok(&NodesBody { freshness: shown.reading.freshness.clone(), nodes });
     }
-    let shown = shown(backend, false).await?;
-    let state = &shown.reading.state;
-    let by_id = || found.name.parse().ok().and_then(|id: NodeId| state.nodes.find(&id));
-    let node = state.node_by_name(&found.name).or_else(by_id);
+    if found.verb == Verb::Node {
+        let shown = shown(backend, false).await?;
+        let node = node_named(&shown.reading.state, &found.name);
+        let node = node.ok_or_else(|| ApiError::not_found("node", &found.name))?;
+        return body::ok(&shown.view(backend).node(node));
+    }
+    // Whom the copy here knows needs no reading first: without a leader that would take its own time.
+    let known = node_named(&backend.replica.state(), &found.name).map(|node| node.id);
+    let node = match known {
+        Some(node) => Some(node),
+        None => node_named(&backend.reading().await?.state, &found.name).map(|node| node.id),
+    };
     let node = node.ok_or_else(|| ApiError::not_found("node", &found.name))?;
     let command = match found.verb {
-        Verb::Node => return body::ok(&shown.view(backend).node(node)),
-        Verb::Drain => Command::DrainNode { node: node.id, is_drained: true },
-        Verb::Activate => Command::DrainNode { node: node.id, is_drained: false },
-        Verb::RemoveNode => Command::RemoveNode { node: node.id, is_forced: query.contains_key("force") },
+        Verb::Drain => Command::DrainNode { node, is_drained: true },
+        Verb::Activate => Command::DrainNode { node, is_drained: false },
+        Verb::RemoveNode => Command::RemoveNode { node, is_forced: query.contains_key("force") },
         _ => {
             let wish: LabelsRequest = body::parse(request.into_body()).await?;
-            Command::LabelNode { node: node.id, set: wish.set, remove: wish.remove }
+            Command::LabelNode { node, set: wish.set, remove: wish.remove }
         }
     };
     backend.submit(None, command).await?;
     body::done()
+}
+
+/// By its name or its id.
+fn node_named<'a>(state: &'a State, name: &str) -> Option<&'a Node> {
+    let by_id = || name.parse().ok().and_then(|id: NodeId| state.nodes.find(&id));
+    state.node_by_name(name).or_else(by_id)
 }
 
 async fn people(backend: &Arc<Backend>, found: Match, request: Request<Incoming>) -> Result<Reply, ApiError> {
