@@ -5,6 +5,7 @@ use super::{Awaiting, Config, Ended, founding, machine};
 use crate::agent::{Agent, AgentConfig, Artifacts, Ground};
 use crate::api::wire::{InitReply, JoinDone, TokenRequest};
 use crate::api::{ApiError, Backend, Connection, Server, answer_join, create_token, peer};
+use crate::consensus::{Message, MessageType};
 use crate::control::{ControlConfig, Input};
 use crate::model::*;
 use crate::network::{Network, NetworkConfig};
@@ -117,6 +118,7 @@ impl<'a> Run<'a> {
         let start_id = StartId(u128::from_le_bytes(random_bytes::<16>()?));
         let late = Late::default();
         let origin = Instant::now();
+        let gate = Arc::new(Gate { late: late.clone(), origin, heard: Mutex::default() });
         let (transport, events) = Transport::start(
             TransportConfig {
                 executor: executor.clone(),
@@ -130,7 +132,7 @@ impl<'a> Run<'a> {
                 announce_port: None,
                 bulk_bytes_max: 2 * limits::STATE_BYTES_MAX,
             },
-            Arc::new(Gate { late: late.clone(), origin, heard: Mutex::default() }).into_authorise(),
+            gate.clone().into_authorise(),
         )?;
         for (member, known) in founding::first_members(&data_dir) {
             known.addresses.into_iter().for_each(|address| transport.hint(member, address));
@@ -140,6 +142,10 @@ impl<'a> Run<'a> {
         let carrier =
             Carrier { transport: transport.clone(), executor: executor.clone(), late: late.clone(), halt };
         let replica = start_replica(&data_dir, node, start_id, carrier)?;
+        // Before anyone is greeted: a greeting without the log's end would look like an old backup.
+        if let Some(status) = async_io::block_on(replica.handle().status()) {
+            transport.set_position(status.term, status.last_index);
+        }
         // Set once, here.
         let _ = late.replica.set(replica.handle().clone());
         let server = Arc::new(OnceLock::new());
@@ -155,6 +161,7 @@ impl<'a> Run<'a> {
             executor: executor.clone(),
             end: end.clone(),
             late: late.clone(),
+            gate,
         };
         let members = keep_members(transport.clone(), replica.handle().clone(), data_dir, node);
         let tasks = vec![watch_halt, executor.spawn(pump.run(events)), executor.spawn(members)];
@@ -374,11 +381,13 @@ impl Gate {
             .rows()
             .map(|node| {
                 let last = heard.get(&node.id);
+                // A run that was heard before has what it had: what it says of its log may be a moment old.
+                let is_same_run = last.is_some_and(|last| last.0 == claim.hello.start_id);
                 let known = Known {
                     public_key: node.public_key,
                     store_id: node.store_id,
                     fingerprint: last.map(|last| last.2),
-                    acknowledged_index: last.map_or(0, |last| last.3),
+                    acknowledged_index: last.filter(|_| !is_same_run).map_or(0, |last| last.3),
                     last_live: last.map(|last| (last.0, last.1)),
                 };
                 (node.id, known)
@@ -394,6 +403,18 @@ impl Gate {
     }
 }
 
+impl Gate {
+    /// Remembers how far a peer's log reaches by its own word, so that an older copy of it is known as such.
+    fn note_acknowledged(&self, peer: NodeId, message: &Message) {
+        if message.msg_type == MessageType::MsgAppendResponse && !message.reject {
+            let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(last) = heard.get_mut(&peer) {
+                last.3 = last.3.max(message.index);
+            }
+        }
+    }
+}
+
 /// Takes what comes from peers, in order, to where it belongs.
 struct EventPump {
     replica: Handle,
@@ -401,6 +422,7 @@ struct EventPump {
     executor: Arc<Executor<'static>>,
     end: async_channel::Sender<Ended>,
     late: Late,
+    gate: Arc<Gate>,
 }
 
 impl EventPump {
@@ -415,6 +437,7 @@ impl EventPump {
             Event::Frame { from, frame } | Event::Datagram { from, datagram: frame } => {
                 match PeerFrame::decode(&frame) {
                     Ok(PeerFrame::Raft(message)) => {
+                        self.gate.note_acknowledged(from, &message);
                         self.replica.input_or_drop(Input::Message { from, message })
                     }
                     Ok(PeerFrame::Alive(alive)) => self.replica.input_or_drop(Input::Alive { from, alive }),
