@@ -143,7 +143,7 @@ impl Trace {
             }
             if call.contains("\"POST /v1/nodes/pi1/labels") {
                 trace.requests.push(time);
-            } else if call.contains("\"HTTP/1.1 200") {
+            } else if call.contains("\"HTTP/1.1 2") {
                 trace.answers.push(time);
             }
         }

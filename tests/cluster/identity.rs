@@ -211,7 +211,8 @@ fn leave(stage: &mut Stage) -> Result<()> {
     })?;
     stage.note("leave --force → no trace", begin);
     ensure!(path.join("volumes/ledger/data").exists(), "its volume stays");
-    let tag = tags.last().context("pi4 had a tag")?.clone();
+    let still = stage.lab.tags();
+    let tag = tags.into_iter().find(|tag| !still.contains(tag)).context("pi4 had a tag")?;
     until("no table, link or cgroup of it is left", Duration::from_secs(5), || {
         let links = stage.lab.nodes[3]
             .inside(|| Command::new("sh").args(["-c", "ip -o link; nft list tables"]).output())?;

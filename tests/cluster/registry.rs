@@ -133,7 +133,11 @@ fn registry(stage: &mut Stage) -> Result<()> {
 fn follow(stage: &mut Stage) -> Result<()> {
     let mut command = Command::new(&stage.lab.program);
     command.arg("--host").arg(format!("unix://{}", stage.lab.nodes[0].socket().display()));
-    command.args(["logs", "-f", "site/web"]).stdin(Stdio::null()).stdout(Stdio::piped());
+    command
+        .args(["logs", "-f", "site/web"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null());
     let mut child = Guard(command.spawn()?);
     let output = child.0.stdout.take().context("its output is a pipe")?;
     let (sender, lines) = std::sync::mpsc::channel();
