@@ -25,6 +25,8 @@ use crate::linux::socket;
 /// A container that is not running after this time will not be.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// From SIGKILL to the end of every process; longer means that the kernel hangs in a disk or a network share.
+const ERASE_ATTEMPTS: u32 = 5;
+const ERASE_PAUSE: Duration = Duration::from_millis(100);
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// Files of the node that appear in a container when they exist in the instance's folder.
 const INSTANCE_FILES: [(&str, &str); 3] =
@@ -488,6 +490,17 @@ impl Runtime {
 
     /// Ends and removes every container of this node and its cgroups. For tests, the demo, and leaving a machine.
     pub fn erase(&self) -> Result<(), ContainerError> {
+        // A removal that was under way takes the same files away, so that either may find one gone.
+        for _ in 1..ERASE_ATTEMPTS {
+            if self.erase_once().is_ok() {
+                return Ok(());
+            }
+            std::thread::sleep(ERASE_PAUSE);
+        }
+        self.erase_once()
+    }
+
+    fn erase_once(&self) -> Result<(), ContainerError> {
         self.cgroups.kill_all(&self.cgroup_parent, KILL_TIMEOUT)?;
         for id in ids_in(&self.data_dir.join("instances"))? {
             self.stop(&id, libc::SIGKILL, Duration::ZERO)?;
