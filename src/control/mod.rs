@@ -517,6 +517,9 @@ impl Control {
     }
 
     pub fn status(&self, now: Now) -> Status {
+        let conf = self.driver.conf_state();
+        // Until a joint configuration is left, the cluster can't do without a majority of the old voters.
+        let voters = if conf.voters_outgoing.is_empty() { &conf.voters } else { &conf.voters_outgoing };
         Status {
             node: self.config.node,
             leader: self.driver.leader(),
@@ -525,8 +528,8 @@ impl Control {
             applied: self.applied.0,
             commit: self.driver.commit_index(),
             last_index: self.driver.last_index(),
-            voters: self.driver.conf_state().voters.iter().map(|id| NodeId(*id)).collect(),
-            learners: self.driver.conf_state().learners.iter().map(|id| NodeId(*id)).collect(),
+            voters: voters.iter().map(|id| NodeId(*id)).collect(),
+            learners: conf.learners.iter().map(|id| NodeId(*id)).collect(),
             cluster_time: self.clock.now(now, &self.state),
             leaderless_ms: self.liveness.leaderless_ms(self.driver.leader(), now.mono),
             heard: self.liveness.heard_nodes(now.mono),
