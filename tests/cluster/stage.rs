@@ -75,14 +75,17 @@ impl Stage {
     }
 
     pub fn wait_voters(&self, wanted: usize) -> Result<()> {
-        let asked = self.running()?;
-        self.lab.nodes[asked].wait(&format!("{wanted} voters"), Duration::from_secs(40), |node| {
-            let nodes = node.get("/v1/nodes")?;
-            let votes = |one: &&Value| one["role"] == "voter" || one["role"] == "leader";
-            let leads = |one: &Value| one["role"] == "leader";
-            let all = nodes["nodes"].as_array().cloned().unwrap_or_default();
-            Ok(all.iter().filter(votes).count() == wanted && all.iter().any(leads))
-        })
+        // Each by its own copy: a configuration counts for a node once that node has applied it.
+        for node in self.lab.nodes.iter().filter(|node| node.is_running()) {
+            node.wait(&format!("{wanted} voters"), Duration::from_secs(40), |node| {
+                let nodes = node.get("/v1/nodes")?;
+                let votes = |one: &&Value| one["role"] == "voter" || one["role"] == "leader";
+                let leads = |one: &Value| one["role"] == "leader";
+                let all = nodes["nodes"].as_array().cloned().unwrap_or_default();
+                Ok(all.iter().filter(votes).count() == wanted && all.iter().any(leads))
+            })?;
+        }
+        Ok(())
     }
 
     /// Loads the image into one node and waits until it cannot be lost with it.
