@@ -22,7 +22,7 @@ pub fn image_of(
     let bytes = fs::read(program).with_context(|| format!("read {}", program.display()))?;
     let mut layer = tar::Builder::new(Vec::new());
     let mut folders = BTreeSet::new();
-    for path in libraries_of(program, &bytes)? {
+    for path in libraries_of(&bytes)? {
         let content = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
         add_folders(&mut layer, &path, &mut folders)?;
         add_file(&mut layer, &path, &content, 0o755)?;
@@ -90,16 +90,13 @@ fn add_folders(
     Ok(())
 }
 
-/// The loader that an ELF file names, and the libraries that this process has mapped if it is that file.
-fn libraries_of(program: &Path, bytes: &[u8]) -> Result<BTreeSet<PathBuf>> {
+/// The loader that an ELF file names, and the libraries that this process has mapped: a program built beside it needs
+/// the same.
+fn libraries_of(bytes: &[u8]) -> Result<BTreeSet<PathBuf>> {
     let mut found = BTreeSet::new();
     let Some(loader) = interpreter(bytes) else { return Ok(found) };
     found.insert(PathBuf::from(loader));
-    let maps = if std::env::current_exe().is_ok_and(|own| own == program) {
-        fs::read_to_string("/proc/self/maps")?
-    } else {
-        String::new()
-    };
+    let maps = fs::read_to_string("/proc/self/maps")?;
     let mapped = maps.lines().filter_map(|line| line.find('/').map(|start| &line[start..]));
     found.extend(mapped.filter(|path| path.contains(".so")).map(PathBuf::from));
     Ok(found)
