@@ -174,7 +174,7 @@ async fn status(backend: &Arc<Backend>, app: Option<&str>) -> Result<Reply, ApiE
         services: state
             .services
             .rows()
-            .filter(|service| is_wanted(&service.app))
+            .filter(|service| !service.is_removed && is_wanted(&service.app))
             .map(|service| view.service(service))
             .collect(),
         volumes: state

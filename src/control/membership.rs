@@ -61,9 +61,9 @@ impl Membership {
             || self.changed_at.is_some_and(|at| view.now.since_ms(at) < CHANGE_EVERY_MS);
         self.offer_keys(view, &mut wishes);
         if !conf.voters_outgoing.is_empty() {
-            // The automatic leave can be missed when the leader changes: leave explicitly.
-            if !is_busy {
-                self.changed_at = Some(view.now);
+            // The automatic leave can be missed when the leader changes: leave explicitly, and at once, because until
+            // then the old voters can't be spared either.
+            if !view.driver.is_conf_change_pending() {
                 wishes.push(Wish::Change(ConfChangeV2::default()));
             }
             return wishes;

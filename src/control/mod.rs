@@ -517,9 +517,6 @@ impl Control {
     }
 
     pub fn status(&self, now: Now) -> Status {
-        let conf = self.driver.conf_state();
-        // Until a joint configuration is left, the cluster can't do without a majority of the old voters.
-        let voters = if conf.voters_outgoing.is_empty() { &conf.voters } else { &conf.voters_outgoing };
         Status {
             node: self.config.node,
             leader: self.driver.leader(),
@@ -528,8 +525,8 @@ impl Control {
             applied: self.applied.0,
             commit: self.driver.commit_index(),
             last_index: self.driver.last_index(),
-            voters: voters.iter().map(|id| NodeId(*id)).collect(),
-            learners: conf.learners.iter().map(|id| NodeId(*id)).collect(),
+            voters: settled_voters(&self.driver.conf_state()),
+            learners: self.driver.conf_state().learners.iter().map(|id| NodeId(*id)).collect(),
             cluster_time: self.clock.now(now, &self.state),
             leaderless_ms: self.liveness.leaderless_ms(self.driver.leader(), now.mono),
             heard: self.liveness.heard_nodes(now.mono),
@@ -569,6 +566,12 @@ pub struct Status {
     pub heard: planner::HeardNodes,
     /// Since each node was last heard, in ms; absent if never.
     pub silent_ms: BTreeMap<NodeId, u64>,
+}
+
+/// Who votes: during a change of the voters only those that do before and after it.
+fn settled_voters(conf: &ConfState) -> Vec<NodeId> {
+    let is_settled = |id: &&u64| conf.voters_outgoing.is_empty() || conf.voters_outgoing.contains(id);
+    conf.voters.iter().filter(is_settled).map(|id| NodeId(*id)).collect()
 }
 
 /// Whether a peer's agent speaks of its own node only.

@@ -59,7 +59,7 @@ fn main() -> std::process::ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let is_json = arguments.iter().any(|argument| argument == "--json");
     let wanted: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
-    if let Some(unknown) = wanted.iter().find(|name| !BENCHMARKS.iter().any(|(known, _)| known == name)) {
+    if let Some(unknown) = wanted.iter().find(|name| !BENCHMARKS.iter().any(|(known, _)| known == *name)) {
         let names: Vec<&str> = BENCHMARKS.iter().map(|(name, _)| *name).collect();
         eprintln!("error: no benchmark is called {unknown}; there are: {}", names.join(", "));
         return std::process::ExitCode::from(2);
