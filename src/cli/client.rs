@@ -255,12 +255,10 @@ impl Client {
         if self.has_said_stale.replace(true) {
             return;
         }
-        if self.is_json {
-            eprintln!("{sentence}");
-        } else if terminal::has_colour() {
-            terminal::print_line(&terminal::Colour::Yellow.paint(&sentence));
-        } else {
-            terminal::print_line(&sentence);
+        // On standard error: what `exec` and `logs` print is the program's own.
+        match terminal::has_error_colour() && !self.is_json {
+            true => eprintln!("{}", terminal::Colour::Yellow.paint(&sentence)),
+            false => eprintln!("{sentence}"),
         }
     }
 }
