@@ -229,9 +229,15 @@ pub fn forget_first_members(data_dir: &Path) {
 }
 
 /// Makes the directory an unjoined one: what a removed member does. Volumes stay.
-pub fn unjoin(data_dir: &Path) {
-    for file in ["identity", "blobs", "layers", "images", "content", "instances", "tmp", "run"] {
+pub fn unjoin(data_dir: &Path, run_dir: &Path) {
+    for file in ["identity", "blobs", "layers", "images", "content", "instances", "tmp"] {
         let _ = fs::remove_dir_all(data_dir.join(file));
+    }
+    // The socket stays: it is how this node joins again.
+    for entry in fs::read_dir(run_dir).into_iter().flatten().flatten() {
+        if entry.file_name() != super::socket::FILE {
+            let _ = fs::remove_dir_all(entry.path());
+        }
     }
     for file in ["state.db", "state.db-wal", "state.db-shm", "peers", "reserve", FOUNDING_FILE, MEMBERS_FILE]
     {

@@ -118,7 +118,7 @@ async fn serve(config: Config, executor: Arc<Executor<'static>>) -> Result<()> {
             Ended::Stopped => break Ok(()),
             Ended::Failed(why) => break Err(anyhow::anyhow!(why)),
             Ended::Removed => {
-                founding::unjoin(&data_dir);
+                founding::unjoin(&data_dir, &run_dir);
                 warn!("this node belongs to no cluster any more");
             }
         }
