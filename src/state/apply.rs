@@ -92,12 +92,13 @@ impl State {
 
     /// The answer to a request seen before, or a refusal if that can no longer be known.
     fn remembered(&self, mark: &RequestMark) -> Option<Outcome> {
-        if let Some(stored) = self.outcomes.find(&mark.id) {
+        // At most a few thousand, and almost always the newest.
+        if let Some(stored) = self.outcomes.rows().rev().find(|stored| stored.id == mark.id) {
             let is_same = stored.body_hash == mark.body_hash;
             return Some(if is_same { stored.outcome.clone() } else { Err(Rejection::RequestIdReused) });
         }
         let is_full = self.outcomes.len() >= OUTCOMES_MAX;
-        let oldest = self.outcome_order.iter().next().map(|(index, _)| *index);
+        let oldest = self.outcomes.iter().next().map(|(index, _)| *index);
         // Evicted outcomes are older than the oldest kept one: an id made before that may have been used.
         let was_evicted = match oldest {
             Some(oldest) => is_full && mark.created_index != 0 && mark.created_index < oldest,
@@ -108,19 +109,15 @@ impl State {
 
     fn remember(&mut self, index: u64, mark: &RequestMark, outcome: Outcome) {
         let now = self.time();
-        let stored = StoredOutcome { body_hash: mark.body_hash, outcome, at: now, index };
-        self.outcomes.put(mark.id, stored);
-        self.outcome_order.put(index, mark.id);
+        let stored = StoredOutcome { id: mark.id, body_hash: mark.body_hash, outcome, at: now };
+        self.outcomes.put(index, stored);
         loop {
-            let first = self.outcome_order.iter().next().map(|(index, id)| (*index, *id));
-            let Some((oldest, id)) = first else { break };
-            let is_old =
-                self.outcomes.find(&id).is_none_or(|stored| now.since_ms(stored.at) > OUTCOME_AGE_MS_MAX);
-            if !is_old && self.outcomes.len() <= OUTCOMES_MAX {
+            let first = self.outcomes.iter().next().map(|(index, stored)| (*index, stored.at));
+            let Some((oldest, at)) = first else { break };
+            if now.since_ms(at) <= OUTCOME_AGE_MS_MAX && self.outcomes.len() <= OUTCOMES_MAX {
                 break;
             }
-            self.outcomes.remove(&id);
-            self.outcome_order.remove(&oldest);
+            self.outcomes.remove(&oldest);
         }
     }
 

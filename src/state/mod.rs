@@ -35,8 +35,8 @@ pub use rows::{
 pub use table::{RowChange, RowError, Table};
 
 use crate::model::{
-    AppName, Artifact, Digest, Instance, InstanceId, Node, NodeId, PublicKey, RequestId, ServiceId, Settings,
-    Timestamp, TokenId,
+    AppName, Artifact, Digest, Instance, InstanceId, Node, NodeId, PublicKey, ServiceId, Settings, Timestamp,
+    TokenId,
 };
 
 /// Declares the state's tables once: the struct, and what is done with every table.
@@ -90,12 +90,11 @@ tables! {
     8 artifacts: Digest => Artifact,
     9 tokens: TokenId => Token,
     10 users: String => User,
-    11 outcomes: RequestId => StoredOutcome,
+    /// By log index, so that a new one touches the same page as the one before it.
+    11 outcomes: u64 => StoredOutcome,
     12 events: u64 => Event,
-    /// By log index: which outcome is the oldest.
-    13 outcome_order: u64 => RequestId,
     /// Keys of nodes that were removed: their certificates never end, so they are refused by name.
-    14 removed_keys: PublicKey => Timestamp,
+    13 removed_keys: PublicKey => Timestamp,
 }
 
 impl State {

@@ -1,7 +1,7 @@
 //! Rows that only the state knows; those that other layers share are in `model`.
 
 use crate::model::{
-    AppName, ClusterId, Digest, NodeId, PublicKey, ServiceId, ServiceSpec, Timestamp, TokenId,
+    AppName, ClusterId, Digest, NodeId, PublicKey, RequestId, ServiceId, ServiceSpec, Timestamp, TokenId,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -179,10 +179,10 @@ pub struct User {
 /// What a write answered, so that a retry gets the same.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StoredOutcome {
+    pub id: RequestId,
     pub body_hash: u64,
     pub outcome: super::Outcome,
     pub at: Timestamp,
-    pub index: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
