@@ -481,7 +481,9 @@ impl World {
         };
         self.clients[client].busy = Some((waiter, position));
         self.clients[client].retry = Some((mark, position, command.clone()));
-        self.at(3_000, Event::ClientTimeout { client, waiter });
+        // An impatient client repeats itself while its first try may still come through.
+        let patience = if self.bug == Bug::RetryAsNew { 30 } else { 3_000 };
+        self.at(patience, Event::ClientTimeout { client, waiter });
         self.step(target, Input::Write { waiter, request: Some(mark), command: Box::new(command) });
     }
 
@@ -554,7 +556,8 @@ impl World {
         match kind {
             0 | 1 => {
                 self.crash(node);
-                let delay = 50 + self.random.below(if is_directed { 300 } else { 5000 });
+                let delay =
+                    if is_directed { 1 + self.random.below(25) } else { 50 + self.random.below(5000) };
                 self.at(delay, Event::Start(node));
             }
             2 => {
@@ -595,7 +598,7 @@ impl World {
             10 => self.join_next(),
             _ => self.scale(),
         }
-        let delay = 100 + self.random.below(1500);
+        let delay = if is_directed { 10 + self.random.below(60) } else { 100 + self.random.below(1500) };
         self.at(delay, Event::Nemesis);
     }
 
