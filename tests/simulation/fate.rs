@@ -22,7 +22,7 @@ impl Bug {
     pub const PLANTED: [(Bug, u64); 6] = [
         (Bug::AcknowledgeBeforeWrite, 40),
         (Bug::ReadLocally, 20),
-        (Bug::ForgetVote, 400),
+        (Bug::ForgetVote, 200),
         (Bug::RetryAsNew, 60),
         (Bug::ReorderBatches, 40),
         (Bug::LoseRows, 20),

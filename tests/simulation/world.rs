@@ -547,10 +547,14 @@ impl World {
             return;
         }
         let node = 1 + self.random.below(NODES_MAX);
-        match self.random.below(12) {
+        // A forgotten vote shows only when its node is back while the election still goes on: rare by chance.
+        let is_directed = self.bug == Bug::ForgetVote;
+        let kind =
+            if is_directed { [0, 0, 0, 5, 6][self.random.below(5) as usize] } else { self.random.below(12) };
+        match kind {
             0 | 1 => {
                 self.crash(node);
-                let delay = 50 + self.random.below(5000);
+                let delay = 50 + self.random.below(if is_directed { 300 } else { 5000 });
                 self.at(delay, Event::Start(node));
             }
             2 => {
