@@ -161,13 +161,13 @@ pub fn decode(text: &str) -> Option<String> {
 }
 
 pub fn may(caller: &Caller, access: Access) -> bool {
-    match (caller, access) {
-        (Caller::Local, Access::Viewer | Access::Operator | Access::Local) => true,
-        (Caller::Node(_), Access::Viewer | Access::Operator | Access::Node) => true,
-        (Caller::User { is_operator: true, .. }, Access::Viewer | Access::Operator) => true,
-        (Caller::User { is_operator: false, .. }, Access::Viewer) => true,
-        _ => false,
-    }
+    matches!(
+        (caller, access),
+        (Caller::Local, Access::Viewer | Access::Operator | Access::Local)
+            | (Caller::Node(_), Access::Viewer | Access::Operator | Access::Node)
+            | (Caller::User { is_operator: true, .. }, Access::Viewer | Access::Operator)
+            | (Caller::User { is_operator: false, .. }, Access::Viewer)
+    )
 }
 
 #[cfg(test)]

@@ -153,7 +153,7 @@ impl Membership {
         let mut target: BTreeSet<NodeId> = keep.into_iter().collect();
         target.extend(candidates.into_iter().take(missing));
         // Odd sets only: two voters are worse than one.
-        if target.len() % 2 == 0 && !target.is_empty() {
+        if target.len().is_multiple_of(2) && !target.is_empty() {
             let added = target.iter().rev().find(|id| !voters.contains(id)).copied();
             let gone = added.or_else(|| target.iter().rev().find(|id| **id != view.own).copied());
             target.extend(gone.is_none().then_some(view.own));
