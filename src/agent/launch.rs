@@ -98,8 +98,15 @@ impl Ground {
         // Also for a container that was made before: its namespace is gone after a reboot.
         let netns = self.network.attach(container.as_str(), address)?;
         if !is_made {
-            let spec = self.container_spec(state, instance, service, netns, progress)?;
-            self.runtime.create(&spec).map_err(LaunchError::Create)?;
+            let made = self
+                .container_spec(state, instance, service, netns, progress)
+                .and_then(|spec| self.runtime.create(&spec).map_err(LaunchError::Create));
+            if let Err(error) = made {
+                // Nothing would take these away: there is no container that could be removed.
+                self.forget_copies(&container);
+                self.network.detach(container.as_str())?;
+                return Err(error);
+            }
         }
         self.write_files(&container, service, instance, address)?;
         if !matches!(self.runtime.state(&container), ContainerState::Running { .. }) {

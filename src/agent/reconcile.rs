@@ -26,6 +26,9 @@ pub struct Local {
     pub verdict_since: Mono,
     /// `pulling nginx 12 of 48 MiB`.
     pub progress: Option<String>,
+    /// An action failed: nothing is tried before this, and twice as long after the next failure.
+    pub retry_at: Mono,
+    pub failures: u32,
     /// A removal was begun because the state asks for it.
     pub is_gone: bool,
 }
@@ -65,6 +68,7 @@ pub fn reconcile(
     for instance in situation.state.instances_on(situation.node) {
         let local = locals.get(&instance.id).cloned().unwrap_or_default();
         if !local.is_busy
+            && situation.now >= local.retry_at
             && let Some(action) = next(situation, instance, &local)
         {
             actions.push((instance.id, action));
@@ -72,7 +76,9 @@ pub fn reconcile(
     }
     // A returning node must not stop what runs before it knows what the cluster has decided meanwhile.
     if situation.may_start {
-        for (id, local) in locals.iter().filter(|(_, local)| !local.is_busy) {
+        for (id, local) in
+            locals.iter().filter(|(_, local)| !local.is_busy && situation.now >= local.retry_at)
+        {
             let is_here =
                 situation.state.instances.find(id).is_some_and(|row| row.node == Some(situation.node));
             match local.presence {
@@ -91,6 +97,8 @@ fn next(situation: &Situation<'_>, instance: &Instance, local: &Local) -> Option
         (Desired::Run, Presence::Absent | Presence::Stopped) => {
             let service = situation.state.services.find(&instance.service)?;
             let is_held = situation.is_alone && service.spec.is_exclusive;
+            // What the state knows as ended stays so, also for a daemon that has just started.
+            let is_held = is_held || instance.observed.phase.is_final();
             let may = situation.may_start && !is_held && local.restarts.is_due(situation.now);
             may.then_some(Action::Launch)
         }
@@ -127,6 +135,8 @@ pub fn finding(instance: &Instance, local: &Local, now: Mono) -> Option<Finding>
     }
     let before = instance.observed.phase;
     match local.verdict {
+        // A daemon that has just started has no verdict of its own yet: the one in the state stands.
+        None | Some(Verdict::Starting) if matches!(before, Phase::Healthy | Phase::Unhealthy) => None,
         None | Some(Verdict::Starting) => Some(plain(Phase::Running)),
         Some(Verdict::Healthy) if before != Phase::Unhealthy => Some(plain(Phase::Healthy)),
         Some(verdict) => {

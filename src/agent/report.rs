@@ -66,14 +66,21 @@ impl Reporter {
 
     fn may_spend(&mut self, id: InstanceId, now: Mono) -> bool {
         let spent = self.spent.entry(id).or_default();
-        while spent.front().is_some_and(|at| now.since_ms(*at) >= WINDOW_MS) {
+        let is_used_up = spent.len() >= ENTRIES_PER_WINDOW;
+        let is_quiet = spent.back().is_none_or(|at| now.since_ms(*at) >= 2 * WINDOW_MS);
+        while (!is_used_up || is_quiet) && spent.front().is_some_and(|at| now.since_ms(*at) >= WINDOW_MS) {
             spent.pop_front();
         }
         if spent.len() < ENTRIES_PER_WINDOW {
             spent.push_back(now);
             return true;
         }
-        false
+        // One that has used them up gets one more per window, not another six.
+        let is_due = spent.back().is_some_and(|at| now.since_ms(*at) >= WINDOW_MS);
+        if is_due {
+            spent.iter_mut().for_each(|at| *at = now);
+        }
+        is_due
     }
 
     /// Lets go of instances that are no longer in the state.
@@ -178,7 +185,7 @@ mod tests {
                 reporter.note(&row, found(row.observed.phase), Mono(second * 1000));
             }
         }
-        assert!(entries <= 60, "{entries} entries in 100 minutes");
+        assert!(entries <= 6 + 10, "{entries} entries in 100 minutes");
         assert!(entries >= 10);
     }
 }

@@ -36,6 +36,14 @@ impl Restarts {
         self.started_at.is_some()
     }
 
+    /// It could not be made or started: tried again under every policy, because an image may be on its way; no
+    /// attempt of the policy is spent.
+    pub fn not_started(&mut self, why: String, now: Mono) {
+        let count = self.count;
+        self.exited(Exit::NotStarted(why), RestartPolicy::Always, now);
+        self.count = count;
+    }
+
     pub fn exited(&mut self, exit: Exit, policy: RestartPolicy, now: Mono) {
         let was_steady = self.started_at.take().is_some_and(|at| now.since_ms(at) >= STEADY_MS);
         if was_steady {

@@ -22,6 +22,8 @@ const SIGNALS_MAX: usize = 1024;
 const ALONE_AFTER_MS: u64 = 60_000;
 /// How often the loop looks by itself: backoffs, steady minutes, sweeps.
 const LOOK_EVERY: Duration = Duration::from_millis(1000);
+/// One deletion at a time; one that failed is tried again after this.
+const DELETE_AGAIN_MS: u64 = 10_000;
 const SWEEP_EVERY_MS: u64 = 600_000;
 
 /// What happened to a container here.
@@ -129,6 +131,7 @@ impl Agent {
             is_caught_up: false,
             announced_at: None,
             swept_at: None,
+            deleting_since: None,
             wired: Wired::default(),
             config,
         };
@@ -199,6 +202,7 @@ struct Worker {
     is_caught_up: bool,
     announced_at: Option<Mono>,
     swept_at: Option<Mono>,
+    deleting_since: Option<Mono>,
     wired: Wired,
 }
 
@@ -240,8 +244,15 @@ impl Worker {
     /// Finds what an earlier run of the daemon left running.
     async fn adopt(&mut self) {
         let runtime = self.shared.ground.runtime.clone();
+        let network = self.shared.ground.network.clone();
         let found = smol::unblock(move || {
             let found = runtime.adopt();
+            if let Ok(found) = &found {
+                let keep = found.iter().map(|status| status.id.as_str().to_string()).collect();
+                if let Err(error) = network.sweep(&keep) {
+                    warn!(error = chain(&error), "sweep of namespaces that an earlier run left");
+                }
+            }
             if let Err(error) = runtime.sweep() {
                 warn!(%error, "sweep of what an earlier run left");
             }
@@ -406,7 +417,7 @@ impl Worker {
                     local.progress = Some(text);
                 }
             }
-            Signal::Launched { instance, error } => self.launched(instance, error, state, now),
+            Signal::Launched { instance, error } => self.launched(instance, error, now),
             Signal::Stopped { instance, error } => {
                 self.done(instance, error, "stop a container", |local| local.presence = Presence::Stopped);
             }
@@ -427,12 +438,16 @@ impl Worker {
                     self.reporter.holds.insert(digest);
                 }
             }
-            Signal::VolumesDeleted { volumes } => self.reporter.volumes_deleted.extend(volumes),
+            Signal::VolumesDeleted { volumes } => {
+                if !volumes.is_empty() {
+                    self.deleting_since = None;
+                }
+                self.reporter.volumes_deleted.extend(volumes);
+            }
         }
     }
 
-    fn launched(&mut self, id: InstanceId, error: Option<String>, state: &State, now: Mono) {
-        let policy = policy_of(state, id);
+    fn launched(&mut self, id: InstanceId, error: Option<String>, now: Mono) {
         let is_running = error.is_none();
         {
             let mut locals = self.shared.locals();
@@ -451,8 +466,7 @@ impl Worker {
                     let is_made = self.shared.ground.runtime.spec(&container_id(id)).is_ok();
                     local.presence = if is_made { Presence::Stopped } else { Presence::Absent };
                     // What never started is tried again under any policy: an image may be on its way.
-                    let policy = if policy == RestartPolicy::No { RestartPolicy::Always } else { policy };
-                    local.restarts.exited(Exit::NotStarted(why), policy, now);
+                    local.restarts.not_started(why, now);
                 }
             }
         }
@@ -483,10 +497,14 @@ impl Worker {
         let Some(local) = locals.get_mut(&id) else { return };
         local.is_busy = false;
         match error {
-            None => change(local),
+            None => {
+                local.failures = 0;
+                change(local);
+            }
             Some(why) => {
                 warn!(instance = %id, error = why, "{what}");
-                local.restarts.not_before = now.plus_ms(1000);
+                local.failures += 1;
+                local.retry_at = now.plus_ms(1000 << local.failures.min(6));
             }
         }
     }
@@ -553,6 +571,10 @@ impl Worker {
                 .instances_on(self.config.node)
                 .any(|row| state.services.find(&row.service).is_some_and(|s| &s.app == app))
         };
+        let now = self.shared.now();
+        if self.deleting_since.is_some_and(|at| now.since_ms(at) < DELETE_AGAIN_MS) {
+            return;
+        }
         let due: Vec<(AppName, String)> = volumes
             .into_iter()
             .filter(|volume| !self.reporter.volumes_deleted.contains(volume) && !in_use(&volume.0))
@@ -560,6 +582,7 @@ impl Worker {
         if due.is_empty() {
             return;
         }
+        self.deleting_since = Some(now);
         let (ground, sender) = (self.shared.ground.clone(), self.sender.clone());
         self.errands.push(self.config.executor.spawn(async move {
             let volumes = smol::unblock(move || {

@@ -18,6 +18,8 @@ use std::time::{Duration, Instant};
 
 /// A write is tried for this long before its fate is told.
 const WRITE_LIMIT: Duration = Duration::from_secs(5);
+/// What goes around a command in the log.
+const ENVELOPE_BYTES_MAX: usize = 256;
 const RETRY_PAUSE: Duration = Duration::from_millis(100);
 
 pub struct Backend {
@@ -69,6 +71,11 @@ impl Backend {
             Some(request) => request,
             None => self.new_mark(&command)?,
         };
+        let bytes = postcard::to_allocvec(&command).map_or(usize::MAX, |bytes| bytes.len());
+        if bytes + ENVELOPE_BYTES_MAX > limits::ENTRY_BYTES_MAX {
+            let message = format!("this change takes {bytes} bytes; at most {}", limits::ENTRY_BYTES_MAX);
+            return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", message));
+        }
         let deadline = Instant::now() + WRITE_LIMIT;
         let mut may_be_done = false;
         loop {

@@ -107,16 +107,26 @@ async fn dead_logs(
     }
 }
 
+/// One segment of a path, whatever a client named.
+fn escaped(name: &str) -> String {
+    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._".contains(byte);
+    name.bytes()
+        .map(|byte| if is_plain(&byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
+        .collect()
+}
+
 /// Asks every connected node for the logs of an instance that the state no longer knows.
 async fn ask_all(
     backend: &Arc<Backend>,
     name: &str,
     query: &BTreeMap<String, String>,
 ) -> Result<Reply, ApiError> {
-    let tail = query.get("tail").map(|tail| format!("?tail={tail}")).unwrap_or_default();
+    let tail = query.get("tail").and_then(|tail| tail.parse::<u64>().ok());
+    let mut wishes: Vec<String> = tail.map(|tail| format!("tail={tail}")).into_iter().collect();
+    wishes.extend(query.contains_key("dead").then(|| "dead=true".into()));
+    let path = format!("/v1/instances/{}/logs?{}", escaped(name), wishes.join("&"));
     for node in backend.transport.connections().into_keys() {
-        let mut request =
-            peer::request(hyper::Method::GET, &format!("/v1/instances/{name}/logs{tail}"), Bytes::new());
+        let mut request = peer::request(hyper::Method::GET, &path, Bytes::new());
         request.headers_mut().insert("x-tinydc-asked", hyper::header::HeaderValue::from_static("1"));
         let answer = peer::send(&backend.transport, &backend.executor, node, request).await;
         if let Ok(answer) = answer

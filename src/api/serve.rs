@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Connections at once; each holds a few kB and a file descriptor.
 const CONNECTIONS_MAX: usize = 256;
+const STRANGERS_MAX: usize = 16;
 const HEADER_BYTES_MAX: usize = 32 << 10;
 
 /// Who asks.
@@ -38,11 +39,12 @@ pub enum Caller {
 pub struct Server {
     pub backend: Arc<Backend>,
     connections: Arc<AtomicUsize>,
+    strangers: Arc<AtomicUsize>,
 }
 
 impl Server {
     pub fn new(backend: Arc<Backend>) -> Server {
-        Server { backend, connections: Arc::default() }
+        Server { backend, connections: Arc::default(), strangers: Arc::default() }
     }
 
     /// The user behind a client certificate, as the state here knows it now.
@@ -66,8 +68,14 @@ impl Server {
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let count = self.connections.fetch_add(1, Ordering::Relaxed);
-        if count < CONNECTIONS_MAX {
+        // Who shows no certificate can only be refused, and must not take a place from those who can be served.
+        let is_stranger = matches!(&peer, Connection::Tls(None));
+        let (counter, most) = match is_stranger {
+            true => (&self.strangers, STRANGERS_MAX),
+            false => (&self.connections, CONNECTIONS_MAX),
+        };
+        let count = counter.fetch_add(1, Ordering::Relaxed);
+        if count < most {
             let service = service_fn(|request| {
                 let caller = match &peer {
                     Connection::Local => Caller::Local,
@@ -85,7 +93,7 @@ impl Server {
                 tracing::debug!(%error, "a client's connection ended");
             }
         }
-        self.connections.fetch_sub(1, Ordering::Relaxed);
+        counter.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

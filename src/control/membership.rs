@@ -6,7 +6,7 @@
 
 use super::liveness::Liveness;
 use crate::consensus::{ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, Driver};
-use crate::model::{Condition, Mono, Node, NodeId, Timestamp};
+use crate::model::{Condition, Desired, Mono, Node, NodeId, Timestamp};
 use crate::state::State;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,6 +18,8 @@ const CANDIDATE_LAG_MAX: u64 = 64;
 /// A lost voter is replaced after this long.
 const REPLACE_VOTER_AFTER_MS: u64 = 120_000;
 const OFFER_KEY_EVERY_MS: u64 = 2_000;
+/// For this long a node that leaves keeps its instances until others run elsewhere.
+const LEAVE_WAIT_MS: u64 = 60_000;
 const CHANGE_EVERY_MS: u64 = 1_000;
 
 pub struct View<'a> {
@@ -44,6 +46,7 @@ pub struct Membership {
     offered: BTreeMap<NodeId, Mono>,
     changed_at: Option<Mono>,
     transferred_at: Option<Mono>,
+    leaving_since: BTreeMap<NodeId, Mono>,
 }
 
 impl Membership {
@@ -71,7 +74,11 @@ impl Membership {
         let voters: BTreeSet<NodeId> = conf.voters.iter().map(|id| NodeId(*id)).collect();
         let learners: BTreeSet<NodeId> = conf.learners.iter().map(|id| NodeId(*id)).collect();
         for node in view.state.nodes.rows().filter(|node| node.is_leaving && !voters.contains(&node.id)) {
-            wishes.push(Wish::Forget(node.id));
+            let since = *self.leaving_since.entry(node.id).or_insert(view.now);
+            let has_waited = view.now.since_ms(since) >= LEAVE_WAIT_MS;
+            if node.condition == Condition::Down || has_waited || !still_serves(view.state, node.id) {
+                wishes.push(Wish::Forget(node.id));
+            }
         }
         if is_busy {
             return wishes;
@@ -147,11 +154,16 @@ impl Membership {
             }
         }
         // The leader stays; of the others the youngest go.
-        keep.sort_by_key(|id| (*id != view.own, *id));
+        keep.sort_by_key(|id| (*id != view.own, !view.liveness.is_steady(*id, view.now), *id));
         keep.truncate(wanted);
         let missing = wanted - keep.len();
         let mut target: BTreeSet<NodeId> = keep.into_iter().collect();
         target.extend(candidates.into_iter().take(missing));
+        // A voter that was replaced keeps its vote until another can take it: fewer voters would be a step back.
+        let has_stranger = voters.iter().any(|id| !view.state.nodes.contains(id));
+        if has_stranger && target.len() < voters.len() && wanted >= voters.len() {
+            return voters.clone();
+        }
         // Odd sets only: two voters are worse than one.
         if target.len().is_multiple_of(2) && !target.is_empty() {
             let added = target.iter().rev().find(|id| !voters.contains(id)).copied();
@@ -241,6 +253,15 @@ impl Membership {
         };
         Some(ConfChangeV2 { changes: vec![change], ..Default::default() })
     }
+}
+
+/// Whether an instance that can move still is to run there.
+fn still_serves(state: &State, node: NodeId) -> bool {
+    state.instances_on(node).any(|instance| {
+        let service = state.services.find(&instance.service);
+        instance.desired == Desired::Run
+            && service.is_some_and(|service| state.data_node(service) != Some(node))
+    })
 }
 
 /// Voters for a count of registered members.

@@ -21,7 +21,7 @@ pub use requests::Undone;
 use crate::consensus::{
     Batch, ConfState, Driver, DriverConfig, Effects, Entry, EntryType, Message, MessageType, Stored,
 };
-use crate::model::limits::UNWRITTEN_CHANGES_BYTES_MAX;
+use crate::model::limits::{ENTRY_BYTES_MAX, UNWRITTEN_CHANGES_BYTES_MAX};
 use crate::model::{Mono, NodeId, StartId, Timestamp};
 use crate::planner;
 use crate::state::{Command, Envelope, Origin, Outcome, RequestMark, State};
@@ -166,6 +166,8 @@ pub struct Control {
     requests: Requests,
     reads: Reads,
     plan: PlanTurn,
+    /// An entry could not be applied: nothing that comes after it may be, or be written as if it had been.
+    is_halted: bool,
 }
 
 /// One plan at a time is on its way; the next is made from what it did.
@@ -206,6 +208,7 @@ impl Control {
             requests: Requests::default(),
             reads: Reads::new(config.node, config.start_id),
             plan: PlanTurn::default(),
+            is_halted: false,
             state,
             config,
         })
@@ -213,6 +216,9 @@ impl Control {
 
     pub fn step(&mut self, now: Now, input: Input) -> Vec<Output> {
         let mut out = Vec::new();
+        if self.is_halted {
+            return out;
+        }
         match input {
             Input::Tick { figures } => self.tick(now, figures, &mut out),
             Input::Message { from, message } => {
@@ -373,7 +379,9 @@ impl Control {
         let counter = self.requests.next_counter();
         let origin = Origin { node: self.config.node, start_id: self.config.start_id, counter };
         let envelope = Envelope { stamp, origin, request, command };
-        self.driver.propose(envelope.encode()).then_some(counter)
+        let bytes = envelope.encode();
+        // One that no frame could carry would stop the log for good.
+        (bytes.len() <= ENTRY_BYTES_MAX && self.driver.propose(bytes)).then_some(counter)
     }
 
     fn persisted(&mut self, now: Now, number: u64, out: &mut Vec<Output>) {
@@ -385,6 +393,9 @@ impl Control {
     fn settle(&mut self, now: Now, out: &mut Vec<Output>) {
         loop {
             let mut effects = Effects::default();
+            if self.is_halted {
+                return;
+            }
             if self.driver.pump(&mut effects) {
                 self.handle(now, effects, out);
                 continue;
@@ -426,6 +437,9 @@ impl Control {
             self.send(message, out);
         }
         for entry in effects.committed {
+            if self.is_halted {
+                return;
+            }
             self.apply(now, entry, out);
         }
         for read in effects.reads {
@@ -447,22 +461,27 @@ impl Control {
     fn apply(&mut self, now: Now, entry: Entry, out: &mut Vec<Output>) {
         let (index, term) = (entry.index, entry.term);
         assert_eq!(index, self.applied.0 + 1, "entries are applied in order, without a gap");
-        self.applied = (index, term);
         if entry.get_entry_type() != EntryType::EntryNormal {
             match self.driver.apply_conf_change(&entry) {
                 Ok(conf_state) => self.changed_conf = Some(conf_state),
                 Err(error) => {
-                    return out.push(Output::Halt { why: format!("apply a configuration: {error}") });
+                    return self.halt(format!("apply a configuration: {error}"), out);
                 }
             }
         } else if !entry.data.is_empty() {
             let envelope = match Envelope::decode(&entry.data) {
                 Ok(envelope) => envelope,
-                Err(error) => return out.push(Output::Halt { why: format!("apply entry {index}: {error}") }),
+                Err(error) => return self.halt(format!("apply entry {index}: {error}"), out),
             };
             self.apply_envelope(now, index, envelope, out);
         }
+        self.applied = (index, term);
         self.driver.applied(index, term);
+    }
+
+    fn halt(&mut self, why: String, out: &mut Vec<Output>) {
+        self.is_halted = true;
+        out.push(Output::Halt { why });
     }
 
     fn apply_envelope(&mut self, now: Now, index: u64, envelope: Envelope, out: &mut Vec<Output>) {
@@ -481,6 +500,9 @@ impl Control {
             let counter = envelope.origin.counter;
             if self.plan.in_flight.is_some_and(|(planned, _)| planned == counter) {
                 self.plan.in_flight = None;
+                // A plan that came to nothing is not made again at once.
+                self.plan.is_due &= outcome.is_ok();
+                self.plan.planned_at = now.mono;
             }
             self.requests.forget_proposed(&envelope.command);
             self.requests.finish(counter, Applied { index, outcome }, out);

@@ -21,7 +21,7 @@ pub struct Reads {
     unasked: Vec<(Waiter, Mono)>,
     asked: BTreeMap<u64, Asked>,
     /// Confirmed: served once this index is applied.
-    confirmed: Vec<(Waiter, u64)>,
+    confirmed: Vec<(Waiter, Mono, u64)>,
 }
 
 struct Asked {
@@ -42,8 +42,9 @@ impl Reads {
     }
 
     pub fn add(&mut self, waiter: Waiter, now: Mono, driver: &mut Driver, out: &mut Vec<Output>) {
-        let waiting =
-            self.unasked.len() + self.asked.values().map(|asked| asked.waiters.len()).sum::<usize>();
+        let waiting = self.confirmed.len()
+            + self.unasked.len()
+            + self.asked.values().map(|asked| asked.waiters.len()).sum::<usize>();
         if waiting >= PENDING_REQUESTS_MAX {
             return out.push(Output::ReadReady { waiter, result: Err(Undone::Busy) });
         }
@@ -71,6 +72,12 @@ impl Reads {
             out.push(Output::ReadReady { waiter: *waiter, result: Err(Undone::NotLeader { leader }) });
         }
         self.unasked.retain(|(_, since)| !is_late(since));
+        // Confirmed, but this node does not come to apply it: it has lost its leader meanwhile.
+        for (waiter, ..) in self.confirmed.iter().filter(|(_, since, _)| is_late(since)) {
+            let leader = driver.leader();
+            out.push(Output::ReadReady { waiter: *waiter, result: Err(Undone::NotLeader { leader }) });
+        }
+        self.confirmed.retain(|(_, since, _)| !is_late(since));
         if !self.unasked.is_empty() && self.asked.is_empty() {
             self.ask(now, driver);
         }
@@ -99,12 +106,12 @@ impl Reads {
         if self.context(counter).starts_with(head)
             && let Some(asked) = self.asked.remove(&counter)
         {
-            self.confirmed.extend(asked.waiters.into_iter().map(|(waiter, _)| (waiter, index)));
+            self.confirmed.extend(asked.waiters.into_iter().map(|(waiter, since)| (waiter, since, index)));
         }
     }
 
     pub fn serve(&mut self, applied: u64, out: &mut Vec<Output>) {
-        self.confirmed.retain(|(waiter, index)| {
+        self.confirmed.retain(|(waiter, _, index)| {
             let is_ready = *index <= applied;
             if is_ready {
                 out.push(Output::ReadReady { waiter: *waiter, result: Ok(applied) });

@@ -120,6 +120,7 @@ pub fn init(data_dir: &Path, node_name: &str, wish: &InitRequest) -> Result<Foun
     let bytes = postcard::to_allocvec(&found).expect("plain data in memory always encodes");
     let written = fs::write(data_dir.join(FOUNDING_FILE), bytes);
     written.map_err(|error| internal(&error))?;
+    remove_state(data_dir);
     let mut store = SqliteStore::open(data_dir).map_err(|error| internal(&error))?;
     store.found(1).map_err(|error| internal(&error))?;
     drop(store);
@@ -168,8 +169,7 @@ pub async fn join(
     };
     let unjoined = Identity { node_key: node_key.clone(), membership: None, cluster_key: None };
     unjoined.save(data_dir).map_err(|error| ApiError::internal(&error))?;
-    let store_id =
-        random_bytes::<16>().map(u128::from_le_bytes).map_err(|error| ApiError::internal(&error))?;
+    let store_id = store_id_of(&node_key);
     let size = machine::size();
     let facts = NodeFacts {
         name: node_name.into(),
@@ -204,6 +204,13 @@ pub async fn join(
     Ok(joined)
 }
 
+/// From the key, so that a join that is repeated after a lost answer names the same store.
+fn store_id_of(key: &NodeKey) -> u128 {
+    use sha2::{Digest as _, Sha256};
+    let hash = Sha256::new().chain_update(b"tinydc store ").chain_update(key.public_key().0).finalize();
+    u128::from_le_bytes(hash[..16].try_into().expect("a SHA-256 has 32 bytes"))
+}
+
 fn join_error(error: JoinError) -> ApiError {
     match error {
         JoinError::Refused { refusal, hint } => {
@@ -230,8 +237,11 @@ pub fn forget_first_members(data_dir: &Path) {
 
 /// Makes the directory an unjoined one: what a removed member does. Volumes stay.
 pub fn unjoin(data_dir: &Path, run_dir: &Path) {
-    for file in ["identity", "blobs", "layers", "images", "content", "instances", "tmp"] {
-        let _ = fs::remove_dir_all(data_dir.join(file));
+    // The state first: a crash after it leaves a member without a state, which the others remove once more. A state
+    // without an identity would be taken for a new cluster's.
+    remove_state(data_dir);
+    for folder in ["identity", "blobs", "layers", "images", "content", "copies", "instances", "tmp"] {
+        let _ = fs::remove_dir_all(data_dir.join(folder));
     }
     // The socket stays: it is how this node joins again.
     for entry in fs::read_dir(run_dir).into_iter().flatten().flatten() {
@@ -239,8 +249,13 @@ pub fn unjoin(data_dir: &Path, run_dir: &Path) {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
-    for file in ["state.db", "state.db-wal", "state.db-shm", "peers", "reserve", FOUNDING_FILE, MEMBERS_FILE]
-    {
+    for file in ["peers", "reserve", FOUNDING_FILE, MEMBERS_FILE] {
+        let _ = fs::remove_file(data_dir.join(file));
+    }
+}
+
+fn remove_state(data_dir: &Path) {
+    for file in ["state.db", "state.db-wal", "state.db-shm"] {
         let _ = fs::remove_file(data_dir.join(file));
     }
 }

@@ -31,6 +31,7 @@ use tracing::{info, warn};
 
 /// A removal's last word to the peers may be on its way.
 const LEAVE_LIMIT: Duration = Duration::from_secs(60);
+const LEAVE_LOOK: Duration = Duration::from_millis(200);
 const GOODBYE_LIMIT: Duration = Duration::from_millis(800);
 
 /// What this run has, and what ends it.
@@ -87,6 +88,8 @@ pub(crate) async fn run(
     )
     .await;
     if matches!(ended, Ended::Stopped) {
+        // Stopped first: a live agent would announce itself anew.
+        backend.agent.stop().await;
         run.say_goodbye().await;
     }
     if matches!(ended, Ended::Removed) {
@@ -249,10 +252,18 @@ impl<'a> Run<'a> {
             self.node,
         )));
         let end = self.end.clone();
+        let (leaving_replica, own, mut begin) = (self.replica.handle().clone(), self.node, Instant::now());
         self.tasks.push(self.executor.spawn(async move {
             if leaving.recv().await.is_ok() {
-                // Ended earlier by the peers' word that this node was removed.
-                async_io::Timer::after(LEAVE_LIMIT).await;
+                // Ended by the peers' word that this node was removed, or by the state saying so. Never by a clock: a
+                // node that wiped itself while it still votes would take the quorum with it.
+                while leaving_replica.state().nodes.contains(&own) {
+                    async_io::Timer::after(LEAVE_LOOK).await;
+                    if begin.elapsed() > LEAVE_LIMIT {
+                        begin = Instant::now();
+                        warn!("this node is still a member: the others can't take over its part yet");
+                    }
+                }
                 let _ = end.send(Ended::Removed).await;
             }
         }));

@@ -98,6 +98,9 @@ enum Dead {
 
 /// Why an instance no longer counts: its node is down, drained or gone.
 fn dead(state: &State, service: &Service, instance: &Instance, now: Timestamp) -> Option<Dead> {
+    if instance.observed.phase.is_final() {
+        return None;
+    }
     let node = state.nodes.find(&instance.node?);
     let Some(node) = node else { return Some(Dead::Replace) };
     let has_data = state.data_node(service) == Some(node.id);
@@ -109,7 +112,7 @@ fn dead(state: &State, service: &Service, instance: &Instance, now: Timestamp) -
         let must_wait = service.spec.is_exclusive && down_for_ms < EXCLUSIVE_WAIT_MS;
         return Some(if must_wait { Dead::Wait } else { Dead::Replace });
     }
-    (node.is_drained && !has_data && !instance.observed.phase.is_final()).then_some(Dead::Replace)
+    (node.is_drained && !has_data).then_some(Dead::Replace)
 }
 
 pub fn remove(instance: &Instance, steps: &mut Vec<PlanStep>) {

@@ -50,7 +50,10 @@ pub fn plan_assignments(state: &State, heard: &HeardNodes, now: Timestamp, steps
     let pending = state.instances.rows().filter(|row| row.node.is_none() && row.desired == Desired::Run);
     for instance in pending {
         let Some(service) = state.services.find(&instance.service) else { continue };
-        if service.is_removed || reasons::waits_for(state, service).is_some() {
+        let must_wait = service.is_removed
+            || reasons::waits_for(state, service).is_some()
+            || is_data_in_use(state, service);
+        if must_wait {
             continue;
         }
         if let Some(node) = ledger.choose(service, instance) {
@@ -63,6 +66,18 @@ pub fn plan_assignments(state: &State, heard: &HeardNodes, now: Timestamp, steps
             });
         }
     }
+}
+
+/// Whether a removed service of the same name, which had the same data, still has something running.
+fn is_data_in_use(state: &State, service: &Service) -> bool {
+    let has_data = service.spec.volume_names().next().is_some();
+    has_data
+        && state.services_of(&service.app).any(|other| {
+            other.is_removed
+                && other.id != service.id
+                && other.name == service.name
+                && state.instances_of(other.id).next().is_some()
+        })
 }
 
 impl<'a> Ledger<'a> {
@@ -149,7 +164,7 @@ impl<'a> Ledger<'a> {
         {
             return Some(Obstacle::Constraint(constraint.to_string()));
         }
-        if let Some(holder) = self.data_node(service).filter(|holder| *holder != node.id) {
+        if let Some(holder) = self.data_nodes(service).into_iter().find(|holder| *holder != node.id) {
             return Some(Obstacle::DataElsewhere(holder));
         }
         self.shortage(node, service, spec)
@@ -185,13 +200,16 @@ impl<'a> Ledger<'a> {
         (!fits).then(|| names.join(", "))
     }
 
-    fn data_node(&self, service: &Service) -> Option<NodeId> {
-        self.state.data_node(service).or_else(|| {
+    /// Where its volumes lie, also by what this plan has decided.
+    fn data_nodes(&self, service: &Service) -> Vec<NodeId> {
+        let mut nodes = self.state.data_nodes(service);
+        nodes.extend(
             service
                 .spec
                 .volume_names()
-                .find_map(|name| self.data_nodes.get(&(service.app.clone(), name.to_string())).copied())
-        })
+                .filter_map(|name| self.data_nodes.get(&(service.app.clone(), name.to_string())).copied()),
+        );
+        nodes
     }
 
     fn shortage(&self, node: &Node, service: &Service, spec: &ServiceSpec) -> Option<Obstacle> {

@@ -36,7 +36,7 @@ pub fn deploy(state: &mut State, spec: &AppSpec, artifacts: &[Artifact]) -> Outc
         remove_service(state, id);
     }
     for (name, volume) in &spec.volumes {
-        put_volume(state, &spec.name, name, volume, now);
+        put_volume(state, &spec.name, name, volume, now)?;
     }
     let before = state.apps.find(&spec.name);
     let is_new = before.is_none_or(|app| app.is_removed);
@@ -234,12 +234,23 @@ fn allocate_vip(state: &mut State) -> Result<Ipv4Addr, Rejection> {
     Ok(Ipv4Addr::from(u32::from(range) + host))
 }
 
-fn put_volume(state: &mut State, app: &AppName, name: &str, spec: &VolumeSpec, now: Timestamp) {
+fn put_volume(
+    state: &mut State,
+    app: &AppName,
+    name: &str,
+    spec: &VolumeSpec,
+    now: Timestamp,
+) -> Result<(), Rejection> {
     let key = VolumeKey::new(app, name);
     let before = state.volumes.find(&key);
     // A volume that is there is never seeded again, so that its seed stays as it was.
     if before.is_some_and(|volume| !volume.is_removed) {
-        return;
+        return Ok(());
+    }
+    if before.is_some_and(|volume| volume.node.is_some()) {
+        return Err(Rejection::NotAllowed(format!(
+            "volume {name} is being deleted; deploy again in a moment"
+        )));
     }
     let volume = Volume {
         app: app.clone(),
@@ -251,6 +262,7 @@ fn put_volume(state: &mut State, app: &AppName, name: &str, spec: &VolumeSpec, n
         is_removed: false,
     };
     state.volumes.put(key, volume);
+    Ok(())
 }
 
 fn remove_service(state: &mut State, id: ServiceId) {

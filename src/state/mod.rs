@@ -133,6 +133,14 @@ impl State {
         self.instances.rows().filter(move |instance| instance.node == Some(node))
     }
 
+    /// All nodes that hold a volume which this service mounts; more than one and it can't run.
+    pub fn data_nodes(&self, service: &Service) -> Vec<NodeId> {
+        let pinned = |name: &str| {
+            self.volumes.find(&VolumeKey::new(&service.app, name)).and_then(|volume| volume.node)
+        };
+        service.spec.volume_names().filter_map(pinned).collect()
+    }
+
     /// The node that holds data this service mounts, if its volumes have been pinned.
     pub fn data_node(&self, service: &Service) -> Option<NodeId> {
         service.spec.volume_names().find_map(|name| {

@@ -122,7 +122,7 @@ fn assign(
     }
     let number = target.number;
     let service = state.services.find(&service_id).ok_or(Rejection::Stale)?.clone();
-    if state.data_node(&service).is_some_and(|holder| holder != node) {
+    if state.data_nodes(&service).into_iter().any(|holder| holder != node) {
         return Err(Rejection::Stale);
     }
     let address = allocate_address(state, number)?;

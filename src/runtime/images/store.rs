@@ -288,7 +288,8 @@ impl ImageStore {
     ) -> Result<Collected, StoreError> {
         let mut collected = Collected::default();
         let busy = self.lock();
-        let (mut blobs, mut layers) = (BTreeSet::new(), layers_in_use.clone());
+        // A digest in `keep` may also be content, which has no record.
+        let (mut blobs, mut layers) = (keep.clone(), layers_in_use.clone());
         for digest in self.digests_in("images")? {
             if !keep.contains(&digest) && !busy.holds(&self.record_path(&digest)) {
                 collected.images += u64::from(self.forget(&digest)?);
