@@ -63,6 +63,8 @@ pub struct Driver {
     /// The snapshot that the next MsgSnapshot refers to.
     staged: Option<SnapshotImage>,
     snapshots_sending: usize,
+    /// This node's place among the voters, and how many they are.
+    place: (u64, u64),
 }
 
 impl Driver {
@@ -93,6 +95,7 @@ impl Driver {
             lazy_hard_state: None,
             staged: None,
             snapshots_sending: 0,
+            place: place_of(config.id, &stored.conf_state),
         })
     }
 
@@ -258,6 +261,7 @@ impl Driver {
             let staged = self.staged.take().expect("raft gets a snapshot only after it was staged");
             assert_eq!(staged.index, index, "the staged snapshot is the one that raft accepted");
             self.log.reset_to(staged.index, staged.term, staged.conf_state.clone());
+            self.place = place_of(self.config.id, &staged.conf_state);
             batch.applied = index;
             batch.snapshot = Some(staged);
         }
@@ -289,6 +293,7 @@ impl Driver {
         self.log.mark_applied(entry.index, entry.term);
         let conf_state = self.node.apply_conf_change(&change)?;
         self.log.save_conf_state(conf_state.clone());
+        self.place = place_of(self.config.id, &conf_state);
         let is_member = conf_state.voters.contains(&self.config.id.0)
             || conf_state.learners.contains(&self.config.id.0)
             || conf_state.voters_outgoing.contains(&self.config.id.0);
@@ -368,11 +373,25 @@ impl Driver {
     }
 
     /// Raft draws this from a random generator; a function of seed, node and term repeats in a simulation.
+    ///
+    /// The voters' timeouts lie apart, so that two of them never stand for election at once and split the vote, which
+    /// would cost a second timeout; with each term another one is first.
     fn fix_election_timeout(&mut self) {
+        let (rank, voters) = self.place;
+        let apart = ELECTION_TICKS_SPREAD / voters;
         let mixed = mix(self.config.seed ^ mix(self.node.raft.term) ^ self.config.id.0.rotate_left(40));
-        let ticks = ELECTION_TICKS_MIN + (mixed % ELECTION_TICKS_SPREAD) as usize;
-        self.node.raft.set_randomized_election_timeout(ticks);
+        let turn = (rank + self.node.raft.term) % voters;
+        let ticks = ELECTION_TICKS_MIN as u64 + turn * apart + mixed % apart.saturating_sub(1).max(1);
+        self.node.raft.set_randomized_election_timeout(ticks as usize);
     }
+}
+
+/// A learner never stands for election; its place does not matter.
+fn place_of(id: NodeId, conf_state: &ConfState) -> (u64, u64) {
+    let mut voters = conf_state.voters.clone();
+    voters.sort_unstable();
+    let rank = voters.iter().position(|voter| *voter == id.0).unwrap_or(0);
+    (rank as u64, (voters.len() as u64).clamp(1, ELECTION_TICKS_SPREAD))
 }
 
 /// The finalizer of SplitMix64.
