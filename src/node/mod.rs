@@ -19,6 +19,7 @@ use anyhow::{Context, Result, bail};
 use async_executor::Executor;
 use async_io::Async;
 use std::os::unix::net::UnixListener;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
@@ -120,6 +121,8 @@ async fn serve(config: Config, executor: Arc<Executor<'static>>) -> Result<()> {
             Ended::Removed => {
                 founding::unjoin(&data_dir, &run_dir);
                 warn!("this node belongs to no cluster any more");
+                // A fresh process under the same pid: what the member had open, its UDP port above all, is closed.
+                return Err(start_anew()).context("start anew without a cluster");
             }
         }
     };
@@ -127,6 +130,13 @@ async fn serve(config: Config, executor: Arc<Executor<'static>>) -> Result<()> {
     // Gone already when another daemon took the place.
     let _ = std::fs::remove_file(run_dir.join(socket::FILE));
     outcome
+}
+
+/// Returns only when it failed.
+fn start_anew() -> std::io::Error {
+    let mut words = std::env::args_os();
+    let name = words.next().unwrap_or_else(|| "tinydc".into());
+    std::process::Command::new("/proc/self/exe").arg0(name).args(words).exec()
 }
 
 /// Answers the local socket until `init` or `join` succeeded; `None` when asked to stop.

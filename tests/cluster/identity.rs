@@ -223,10 +223,14 @@ fn leave(stage: &mut Stage) -> Result<()> {
         ensure!(groups.stdout.is_empty(), "{}", String::from_utf8_lossy(&groups.stdout));
         Ok(true)
     })?;
+    stage.lab.nodes[3].wait("it waits unjoined", Duration::from_secs(5), |node| {
+        Ok(node.get("/v1/version")?["node"].is_null())
+    })?;
     // It may come back as a new node.
     let line = token(stage, &[])?;
     stage.cli(3, &["join", &line])?;
-    stage.cli(0, &["node", "rm", "pi4"])?;
+    // Its app, deployed still, has begun a volume here again.
+    stage.cli(0, &["node", "rm", "--force", "pi4"])?;
     until("it is removed from afar", Duration::from_secs(20), || Ok(count_nodes(stage)? == 3))?;
     let refused = refusal("token rm", &stage.try_cli(0, &["node", "rm", "nobody"])?, 1)?;
     ensure!(refused.contains("nobody"), "{refused}");
