@@ -113,6 +113,13 @@ fn lab(count: u8) -> Result<Lab> {
         bail!("{} is missing; build it: cargo build --release", program.display());
     }
     let mut lab = Lab::new(Path::new(DIR), &program, count)?;
+    for node in &lab.nodes {
+        // As `/run` is on a machine: what lies there is no write to a card.
+        let run = node.data_dir().join("run");
+        std::fs::create_dir_all(&run)?;
+        let nothing: Option<&str> = None;
+        nix::mount::mount(Some("tmpfs"), &run, Some("tmpfs"), nix::mount::MsFlags::empty(), nothing)?;
+    }
     lab.form(usize::from(count))?;
     lab.nodes[0].wait("three nodes vote", Duration::from_secs(60), |node| {
         let nodes = node.get("/v1/nodes")?;
