@@ -216,7 +216,7 @@ fn commit() -> Result<Vec<Row>> {
         Row::new("commit: 99th percentile", percentile(&mut times, 99), "ms")
             .beside(etcd.as_ref().map(|etcd| ("etcd", etcd.p99_ms))),
         Row::new("commit: bytes written per command, per node", per_command, "B")
-            .within(12_288.0)
+            .within(10_000.0)
             .beside(etcd.as_ref().map(|etcd| ("etcd", etcd.bytes_per_put))),
     ])
 }
