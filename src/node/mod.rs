@@ -104,28 +104,7 @@ async fn serve(config: Config, executor: Arc<Executor<'static>>) -> Result<()> {
             let _ = stop.try_send(());
         }
     });
-    let outcome = loop {
-        let identity = Identity::load(&data_dir)?;
-        let is_member = identity.as_ref().is_some_and(|identity| identity.membership.is_some());
-        let awaiting = match is_member {
-            true => Awaiting::Nobody,
-            false => match wait_unjoined(&config, &executor, &listener, &stopping).await? {
-                Some(awaiting) => awaiting,
-                None => break Ok(()),
-            },
-        };
-        let Some(identity) = Identity::load(&data_dir)? else { bail!("the identity has vanished") };
-        match member::run(&config, &executor, &listener, &stopping, identity, awaiting).await? {
-            Ended::Stopped => break Ok(()),
-            Ended::Failed(why) => break Err(anyhow::anyhow!(why)),
-            Ended::Removed => {
-                founding::unjoin(&data_dir, &run_dir);
-                warn!("this node belongs to no cluster any more");
-                // A fresh process under the same pid: what the member had open, its UDP port above all, is closed.
-                return Err(start_anew()).context("start anew without a cluster");
-            }
-        }
-    };
+    let outcome = live(&config, &executor, &listener, &stopping).await;
     listen_for_stop.cancel().await;
     // Gone already when another daemon took the place.
     let _ = std::fs::remove_file(run_dir.join(socket::FILE));
@@ -137,6 +116,36 @@ fn start_anew() -> std::io::Error {
     let mut words = std::env::args_os();
     let name = words.next().unwrap_or_else(|| "tinydc".into());
     std::process::Command::new("/proc/self/exe").arg0(name).args(words).exec()
+}
+
+/// Until asked to stop, or until this process can't go on: first unjoined if need be, then as a member.
+async fn live(
+    config: &Config,
+    executor: &Arc<Executor<'static>>,
+    listener: &Arc<Async<UnixListener>>,
+    stopping: &async_channel::Receiver<()>,
+) -> Result<()> {
+    let data_dir = config.data_dir();
+    let identity = Identity::load(&data_dir)?;
+    let is_member = identity.as_ref().is_some_and(|identity| identity.membership.is_some());
+    let awaiting = match is_member {
+        true => Awaiting::Nobody,
+        false => match wait_unjoined(config, executor, listener, stopping).await? {
+            Some(awaiting) => awaiting,
+            None => return Ok(()),
+        },
+    };
+    let Some(identity) = Identity::load(&data_dir)? else { bail!("the identity has vanished") };
+    match member::run(config, executor, listener, stopping, identity, awaiting).await? {
+        Ended::Stopped => Ok(()),
+        Ended::Failed(why) => Err(anyhow::anyhow!(why)),
+        Ended::Removed => {
+            founding::unjoin(&data_dir, &config.run_dir());
+            warn!("this node belongs to no cluster any more");
+            // A fresh process under the same pid: what the member had open, its UDP port above all, is closed.
+            Err(start_anew()).context("start anew without a cluster")
+        }
+    }
 }
 
 /// Answers the local socket until `init` or `join` succeeded; `None` when asked to stop.
