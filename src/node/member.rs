@@ -122,21 +122,8 @@ impl<'a> Run<'a> {
         let late = Late::default();
         let origin = Instant::now();
         let gate = Arc::new(Gate { late: late.clone(), origin, heard: Mutex::default() });
-        let (transport, events) = Transport::start(
-            TransportConfig {
-                executor: executor.clone(),
-                listen: config.listen(),
-                data_dir: data_dir.clone(),
-                identity: identity.clone(),
-                feature_level: founding::FEATURE_LEVEL,
-                start_id,
-                fingerprint: machine::fingerprint(),
-                peer_names: config.peers.clone(),
-                announce_port: None,
-                bulk_bytes_max: 2 * limits::STATE_BYTES_MAX,
-            },
-            gate.clone().into_authorise(),
-        )?;
+        let transport_config = transport_config(config, executor, &identity, start_id);
+        let (transport, events) = Transport::start(transport_config, gate.clone().into_authorise())?;
         for (member, known) in founding::first_members(&data_dir) {
             known.addresses.into_iter().for_each(|address| transport.hint(member, address));
         }
@@ -347,6 +334,26 @@ impl<'a> Run<'a> {
         }
         let replica = self.replica;
         smol::unblock(move || replica.stop()).await;
+    }
+}
+
+fn transport_config(
+    config: &Config,
+    executor: &Arc<Executor<'static>>,
+    identity: &Identity,
+    start_id: StartId,
+) -> TransportConfig {
+    TransportConfig {
+        executor: executor.clone(),
+        listen: config.listen(),
+        data_dir: config.data_dir(),
+        identity: identity.clone(),
+        feature_level: founding::FEATURE_LEVEL,
+        start_id,
+        fingerprint: machine::fingerprint(),
+        peer_names: config.peers.clone(),
+        announce_port: None,
+        bulk_bytes_max: 2 * limits::STATE_BYTES_MAX,
     }
 }
 
