@@ -186,7 +186,7 @@ fn a_command_has_the_containers_rights_and_no_more() {
     let mut spec = node.spec("exec", "while :; do sleep 1; done");
     spec.env = vec![("COLOUR".into(), "red".into())];
     spec.user = Some("web".into());
-    spec.working_dir = Some("/work/here".into());
+    spec.working_dir = Some("/srv/here".into());
     let id = node.run(&spec);
     let run = |script: &str| {
         let check = node.runtime.check(&id, &shell(script), Duration::from_secs(10)).unwrap();
@@ -194,7 +194,7 @@ fn a_command_has_the_containers_rights_and_no_more() {
     };
     assert_eq!(
         run("echo $COLOUR; pwd; id -u; id -g; id -G; exit 9"),
-        (CheckEnd::Exited(9), "red\n/work/here\n33\n44\n44 50\n".into())
+        (CheckEnd::Exited(9), "red\n/srv/here\n33\n44\n44 50\n".into())
     );
     let status = run("grep -E 'Seccomp:|NoNewPrivs|CapEff' /proc/self/status | tr -s '\\t ' ' '").1;
     assert!(status.contains("NoNewPrivs: 1") && status.contains("Seccomp: 2"), "{status}");
