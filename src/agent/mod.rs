@@ -8,13 +8,17 @@
 
 pub mod artifacts;
 mod health;
+mod hints;
 pub mod launch;
+mod mesh;
 mod reconcile;
 mod report;
 mod restart;
+pub mod wiring;
 mod worker;
 
 pub use artifacts::{Artifacts, FetchArtifactError};
 pub use launch::{Ground, LaunchError, container_id};
+pub use mesh::{Broadcast, NetworkView};
 pub use reconcile::{Local, Presence};
 pub use worker::{Agent, AgentConfig, LiveInstance, Signal, chain};

@@ -24,6 +24,10 @@ pub struct Local {
     pub restarts: Restarts,
     pub verdict: Option<Verdict>,
     pub verdict_since: Mono,
+    /// It has a health check.
+    pub is_probed: bool,
+    /// Started by this daemon and not probed since.
+    pub is_untested: bool,
     /// `pulling nginx 12 of 48 MiB`.
     pub progress: Option<String>,
     /// An action failed: nothing is tried before this, and twice as long after the next failure.

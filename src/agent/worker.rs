@@ -1,13 +1,14 @@
 //! The agent's task: one loop that owns what is known of the containers here.
 
 use super::health;
+use super::hints::Hints;
 use super::launch::{Ground, container_id, instance_of};
+use super::mesh::{Broadcast, Mesh, NetworkView, ViewCell};
 use super::reconcile::{Action, Local, Presence, Situation, finding, reconcile};
 use super::report::Reporter;
 use crate::control::Input;
 use crate::model::*;
-use crate::network::PublishedPort;
-use crate::replica::Handle;
+use crate::replica::{EndpointHint, Handle};
 use crate::runtime::{ContainerEnd, ContainerState, KeepLogs};
 use crate::state::{Command, State};
 use crate::verdict::Verdict;
@@ -24,6 +25,8 @@ const ALONE_AFTER_MS: u64 = 60_000;
 const LOOK_EVERY: Duration = Duration::from_millis(1000);
 /// One deletion at a time; one that failed is tried again after this.
 const DELETE_AGAIN_MS: u64 = 10_000;
+/// From the decision to stop an instance until every node knows.
+const DRAIN: Duration = Duration::from_millis(150);
 const SWEEP_EVERY_MS: u64 = 600_000;
 
 /// What happened to a container here.
@@ -73,6 +76,8 @@ pub struct AgentConfig {
     pub executor: Arc<Executor<'static>>,
     pub size: NodeSize,
     pub software: String,
+    /// Brings a frame to every peer.
+    pub broadcast: Broadcast,
 }
 
 /// What `ps` shows of an instance beyond the state; asked live, never logged.
@@ -93,10 +98,12 @@ pub struct Agent {
     stop: async_channel::Sender<()>,
 }
 
-struct Shared {
-    ground: Ground,
+pub(super) struct Shared {
+    pub(super) ground: Ground,
     locals: Mutex<BTreeMap<InstanceId, Local>>,
     origin: Instant,
+    pub(super) hints: Hints,
+    pub(super) network_view: ViewCell,
 }
 
 impl Shared {
@@ -104,7 +111,7 @@ impl Shared {
         Mono(self.origin.elapsed().as_millis() as u64 + 3_600_000)
     }
 
-    fn locals(&self) -> std::sync::MutexGuard<'_, BTreeMap<InstanceId, Local>> {
+    pub(super) fn locals(&self) -> std::sync::MutexGuard<'_, BTreeMap<InstanceId, Local>> {
         self.locals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -115,6 +122,8 @@ impl Agent {
             ground: config.ground.clone(),
             locals: Mutex::default(),
             origin: Instant::now(),
+            hints: Hints::default(),
+            network_view: ViewCell::default(),
         });
         let (stop, stopped) = async_channel::bounded(1);
         let (sender, signals) = async_channel::bounded(SIGNALS_MAX);
@@ -132,7 +141,6 @@ impl Agent {
             announced_at: None,
             swept_at: None,
             deleting_since: None,
-            wired: Wired::default(),
             config,
         };
         let task = executor.spawn(async move {
@@ -153,6 +161,21 @@ impl Agent {
         if let Some(task) = task {
             task.await;
         }
+    }
+
+    /// A peer's daemon lives.
+    pub fn hear_alive(&self, from: NodeId) {
+        self.shared.hints.hear_alive(from, Instant::now());
+    }
+
+    /// A peer says which of its instances don't serve.
+    pub fn hear_hint(&self, from: NodeId, hint: EndpointHint) {
+        self.shared.hints.hear(from, hint, Instant::now());
+    }
+
+    /// The network of this node as it was last made.
+    pub fn network_view(&self) -> NetworkView {
+        self.shared.network_view()
     }
 
     /// Live facts of the instances here. Blocks for reading a few files per instance.
@@ -182,12 +205,6 @@ impl Agent {
     }
 }
 
-/// What was last told to the network: only changes are told.
-#[derive(Default, PartialEq)]
-struct Wired {
-    ports: Vec<PublishedPort>,
-}
-
 struct Worker {
     config: AgentConfig,
     shared: Arc<Shared>,
@@ -203,12 +220,20 @@ struct Worker {
     announced_at: Option<Mono>,
     swept_at: Option<Mono>,
     deleting_since: Option<Mono>,
-    wired: Wired,
 }
 
 impl Worker {
     async fn run(mut self) {
         self.adopt().await;
+        let mesh = Mesh {
+            node: self.config.node,
+            start_id: self.config.start_id,
+            replica: self.config.replica.clone(),
+            shared: self.shared.clone(),
+            broadcast: self.config.broadcast.clone(),
+        };
+        // Ends with this loop.
+        let _mesh = self.config.executor.spawn(mesh.run());
         let watch = self.config.replica.published().watch();
         self.ask_whether_caught_up();
         loop {
@@ -238,6 +263,7 @@ impl Worker {
             while let Ok(signal) = self.signals.try_recv() {
                 self.take(signal, &state);
             }
+            self.shared.hints.wake();
         }
     }
 
@@ -317,7 +343,6 @@ impl Worker {
             self.delete_volumes(state);
             self.sweep(state, now);
         }
-        self.wire(state).await;
         self.send_reports(state, now).await;
         self.errands.retain(|task| !task.is_finished());
     }
@@ -362,6 +387,8 @@ impl Worker {
             Action::Stop => {
                 let (signal, grace) = stop_of(&state, id);
                 self.config.executor.spawn(async move {
+                    // The other nodes stop sending new connections here first.
+                    async_io::Timer::after(DRAIN).await;
                     let runtime = ground.runtime.clone();
                     let outcome = smol::unblock(move || {
                         let number = signal.unwrap_or_else(|| image_stop_signal(&runtime, id));
@@ -430,6 +457,7 @@ impl Worker {
                     info!(%instance, ?verdict, "health changed");
                     local.verdict = Some(verdict);
                     local.verdict_since = now;
+                    local.is_untested = false;
                 }
             }
             Signal::Kept { digest, is_here } => {
@@ -459,6 +487,7 @@ impl Worker {
                 None => {
                     info!(instance = %id, "container runs");
                     local.presence = Presence::Running;
+                    local.is_untested = true;
                     local.restarts.started(now);
                 }
                 Some(why) => {
@@ -523,6 +552,9 @@ impl Worker {
             let spec = spec.filter(|spec| spec.test != HealthTest::Disabled);
             if let Some(spec) = spec.filter(|_| !self.probes.contains_key(&id)) {
                 let runtime = self.shared.ground.runtime.clone();
+                if let Some(local) = self.shared.locals().get_mut(&id) {
+                    local.is_probed = true;
+                }
                 let probe = health::probe(runtime, id, spec, self.shared.origin, self.sender.clone());
                 self.probes.insert(id, self.config.executor.spawn(probe));
             }
@@ -610,28 +642,6 @@ impl Worker {
         }));
     }
 
-    /// Published ports follow what runs here.
-    async fn wire(&mut self, state: &Arc<State>) {
-        let ports = {
-            let locals = self.shared.locals();
-            let serves = |id: &InstanceId| {
-                locals.get(id).is_some_and(|local| {
-                    local.presence == Presence::Running && local.verdict != Some(Verdict::Unhealthy)
-                })
-            };
-            published_ports(state, self.config.node, serves)
-        };
-        if ports == self.wired.ports {
-            return;
-        }
-        let network = self.shared.ground.network.clone();
-        let wanted = ports.clone();
-        match smol::unblock(move || network.set_ports(&wanted)).await {
-            Ok(()) => self.wired.ports = ports,
-            Err(error) => warn!(error = chain(&error), "publish ports"),
-        }
-    }
-
     async fn send_reports(&mut self, state: &State, now: Mono) {
         {
             let locals = self.shared.locals();
@@ -713,31 +723,6 @@ fn is_keeper(state: &State, artifact: &Artifact, own: NodeId) -> bool {
     let holders = live.iter().filter(|id| artifact.holders.contains(id)).count();
     let first = live.iter().find(|id| !artifact.holders.contains(id));
     holders < 2 && first == Some(&own)
-}
-
-/// Ports of the instances that serve here, in a fixed order.
-fn published_ports(state: &State, node: NodeId, serves: impl Fn(&InstanceId) -> bool) -> Vec<PublishedPort> {
-    let mut ports: BTreeMap<(Protocol, u16, Option<std::net::Ipv4Addr>), Vec<(std::net::Ipv4Addr, u16)>> =
-        BTreeMap::new();
-    for instance in state.instances_on(node).filter(|row| row.desired == Desired::Run && serves(&row.id)) {
-        let Some(service) = state.services.find(&instance.service) else { continue };
-        let Some(address) = instance.address else { continue };
-        for port in &service.spec_of(instance.spec_version).ports {
-            if let Some(published) = port.published {
-                let key = (port.protocol, published, port.host_address);
-                ports.entry(key).or_default().push((address, port.target));
-            }
-        }
-    }
-    ports
-        .into_iter()
-        .map(|((protocol, port, host_address), endpoints)| PublishedPort {
-            protocol,
-            port,
-            host_address,
-            endpoints,
-        })
-        .collect()
 }
 
 fn sweep_files(ground: &Ground, state: &State) {

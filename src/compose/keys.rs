@@ -59,7 +59,7 @@ pub const SERVICE: Table = &[
     ("cgroup_parent", NAMESPACES),
     ("command", Supported),
     ("configs", Refused("configs are not supported yet", "mount the file: `volumes: [./FILE:/PATH:ro]`")),
-    ("container_name", Ignored("instances are named by tinydc, as APP/SERVICE.N")),
+    ("container_name", Supported),
     ("cpu_count", KERNEL),
     ("cpu_percent", KERNEL),
     ("cpu_period", Refused("CPU time is limited as a number of CPUs", "write `cpus: 0.5`")),
@@ -82,7 +82,7 @@ pub const SERVICE: Table = &[
     ("entrypoint", Supported),
     ("env_file", Supported),
     ("environment", Supported),
-    ("expose", Ignored("services of an app reach all ports of one another")),
+    ("expose", Silent),
     ("extends", Refused("services are not extended", "use a YAML anchor: `<<: *base`")),
     (
         "external_links",
@@ -256,36 +256,28 @@ pub const VOLUME: Table = &[
     ("name", Ignored("volumes are named by the key, and belong to the app")),
 ];
 
-const ONE_NETWORK: &str = "all services of an app reach one another, and no network has options";
+const ONE_KIND: &str = "there is one kind of network, which spans all nodes";
 
 pub const NETWORK: Table = &[
     ("attachable", Silent),
-    ("driver", Ignored(ONE_NETWORK)),
-    ("driver_opts", Ignored(ONE_NETWORK)),
+    ("driver", Ignored(ONE_KIND)),
+    ("driver_opts", Ignored(ONE_KIND)),
     ("enable_ipv4", Silent),
     ("enable_ipv6", Ignored("containers have IPv4 addresses")),
-    ("external", Ignored("services of other apps are reached by name without a shared network")),
-    (
-        "internal",
-        Refused("services are not cut off from the outside", "remove it; unpublished ports stay unreachable"),
-    ),
+    ("external", Supported),
+    ("internal", Supported),
     ("ipam", Ignored("tinydc chooses the addresses")),
     ("labels", Silent),
-    ("name", Ignored(ONE_NETWORK)),
+    ("name", Supported),
 ];
 
-const BY_NAME: &str = "the only name of a service is its own";
-
 pub const SERVICE_NETWORK: Table = &[
-    ("aliases", Refused(BY_NAME, "name the service so, or use its name in the settings")),
-    ("driver_opts", Ignored(ONE_NETWORK)),
+    ("aliases", Supported),
+    ("driver_opts", Ignored(ONE_KIND)),
     ("gw_priority", Silent),
     ("interface_name", Silent),
-    (
-        "ipv4_address",
-        Refused("tinydc chooses the addresses", "use the service's name instead of its address"),
-    ),
-    ("ipv6_address", Refused("containers have IPv4 addresses", "use the service's name")),
+    ("ipv4_address", Ignored("tinydc chooses the addresses; use the service's name")),
+    ("ipv6_address", Ignored("containers have IPv4 addresses; use the service's name")),
     ("link_local_ips", Refused("tinydc chooses the addresses", "use the service's name")),
     ("mac_address", Ignored("tinydc chooses the addresses")),
     ("priority", Silent),

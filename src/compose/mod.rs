@@ -19,6 +19,7 @@ mod health;
 mod interpolate;
 mod keys;
 mod mounts;
+mod networks;
 mod ports;
 mod problem;
 mod quantity;
@@ -38,6 +39,7 @@ use crate::model::limits::{ENTRY_BYTES_MAX, INSTANCES_MAX, SERVICES_PER_APP_MAX}
 use crate::model::{AppName, AppSpec};
 use keys::supported;
 use mounts::{Mounts, read_declared};
+use networks::Networks;
 use problem::{Position, Problems, Spot, shortened};
 use service::{Shared, read_service};
 use std::collections::{BTreeMap, BTreeSet};
@@ -128,7 +130,10 @@ fn read_file(text: &str, surroundings: &Surroundings<'_>, problems: &mut Problem
         read_mapping(spot, problems);
         read_declared(spot, problems)
     });
-    let networks = entries.get("networks").map(|spot| read_networks(spot, problems)).unwrap_or_default();
+    let mut networks = Networks::default();
+    if let Some(spot) = entries.get("networks") {
+        networks.read_declared(spot, problems);
+    }
     let Some(services_spot) = entries.get("services") else {
         problems.error_with(&root_spot, "there is no `services:`", "add the services to run");
         return None;
@@ -138,8 +143,8 @@ fn read_file(text: &str, surroundings: &Surroundings<'_>, problems: &mut Problem
         mounts: Mounts::new(declared.unwrap_or_default()),
         published: ports::Published::default(),
     };
-    let services = read_services(services_spot, &networks, &mut shared, problems);
-    let draft = finish(name?, services, shared, problems);
+    let services = read_services(services_spot, &mut networks, &mut shared, problems);
+    let draft = finish(name?, services, networks, shared, problems);
     check_size(&draft.app, services_spot, problems);
     Some(draft)
 }
@@ -156,7 +161,7 @@ fn read_mapping(spot: &Spot<'_>, problems: &mut Problems) {
 
 fn read_services<'n>(
     spot: &Spot<'n>,
-    networks: &BTreeSet<String>,
+    networks: &mut Networks,
     shared: &mut Shared<'n, '_>,
     problems: &mut Problems,
 ) -> BTreeMap<String, crate::model::ServiceSpec> {
@@ -178,7 +183,7 @@ fn read_services<'n>(
             let message = format_args!("{:?} can't name a service", shortened(name));
             problems.error_with(&entry, message, "use letters, digits, `-`, `_` and `.`, at most 63");
         }
-        read_service_networks(&entry, networks, problems);
+        networks.read_service(name, &entry, problems);
         if !is_profile_active(&entry, shared.surroundings, problems) {
             left_out.insert(name.to_owned());
             continue;
@@ -209,49 +214,14 @@ fn is_service_name(name: &str) -> bool {
     (1..=63).contains(&name.len()) && name.bytes().all(is_inner) && !name.starts_with(['-', '.'])
 }
 
-/// The names under the top-level `networks:`.
-fn read_networks(spot: &Spot<'_>, problems: &mut Problems) -> BTreeSet<String> {
-    read_mapping(spot, problems);
-    let mut names = BTreeSet::new();
-    for (name, entry) in spot.entries().filter(|(name, _)| !name.starts_with("x-")) {
-        names.insert(name.to_owned());
-        supported(&entry, keys::NETWORK, problems);
-    }
-    names
-}
-
-fn read_service_networks(service: &Spot<'_>, networks: &BTreeSet<String>, problems: &mut Problems) {
-    let Some((_, spot)) = service.entries().find(|(key, _)| *key == "networks") else { return };
-    let mut uses = Vec::new();
-    if spot.node.entries().is_empty() {
-        for item in values::one_or_more(&spot, problems) {
-            uses.extend(values::text(&item, problems).map(|name| (name, item.clone())));
-        }
-    } else {
-        for (name, entry) in spot.entries() {
-            supported(&entry, keys::SERVICE_NETWORK, problems);
-            uses.push((name, entry));
-        }
-    }
-    let mut is_fine = true;
-    for (name, entry) in &uses {
-        if *name != "default" && !networks.contains(*name) {
-            let message = format_args!("the network {:?} is not declared", shortened(name));
-            problems.error_with(entry, message, "add it under the top-level `networks:`, or remove it");
-            is_fine = false;
-        }
-    }
-    if is_fine && uses.iter().any(|(name, _)| *name != "default") {
-        problems.ignored(&spot, "all services of an app reach one another");
-    }
-}
-
 fn finish(
     name: AppName,
     mut services: BTreeMap<String, crate::model::ServiceSpec>,
+    networks: Networks,
     mut shared: Shared<'_, '_>,
     problems: &mut Problems,
 ) -> Draft {
+    networks.finish(&name, &mut services);
     let (mounts, content) = shared.mounts.content(shared.surroundings.look, problems);
     for (service, mounts) in mounts {
         if let Some(service) = services.get_mut(&service) {

@@ -7,6 +7,7 @@ use super::deploy::{self, Amounts};
 use super::environment::read_environment;
 use super::keys::{self, is_neutral, supported};
 use super::mounts::{Mounts, read_tmpfs};
+use super::networks::is_dns_name;
 use super::ports::{Published, read_ports};
 use super::problem::{Problems, Spot, shortened};
 use super::{Surroundings, depends, health, values};
@@ -180,7 +181,7 @@ impl ServiceReader {
         match key {
             "ports" => self.spec.ports = read_ports(entry, published, problems),
             "network_mode" => read_network_mode(entry, problems),
-            "links" => read_links(entry, problems),
+            "container_name" => self.read_container_name(entry, problems),
             "security_opt" => read_security(entry, problems),
             "ipc" => match values::text(entry, problems) {
                 None | Some("" | "private" | "none" | "shareable") => {}
@@ -193,6 +194,19 @@ impl ServiceReader {
             _ => return false,
         }
         true
+    }
+
+    fn read_container_name(&mut self, entry: &Spot<'_>, problems: &mut Problems) {
+        let Some(name) = values::word(entry, problems) else { return };
+        if is_dns_name(name) {
+            self.spec.container_name = Some(name.to_ascii_lowercase());
+        } else {
+            problems.error_with(
+                entry,
+                format_args!("{:?} is no name", shortened(name)),
+                "use letters, digits, `-`, `_` and `.`, at most 63",
+            );
+        }
     }
 
     /// `/dev/shm` of another size than the runtime's is a tmpfs mounted there.
@@ -224,11 +238,16 @@ impl ServiceReader {
         for (key, inner) in supported(entry, keys::TINYDC, problems) {
             if key == "exclusive" {
                 self.spec.is_exclusive = values::boolean(&inner, problems).unwrap_or(false);
-            } else if !is_neutral(inner.node) {
-                problems.ignored(
-                    &inner,
-                    "affinity between services is not decided yet; use placement constraints",
-                );
+            } else {
+                match values::text(&inner, problems) {
+                    None | Some("" | "none") => {}
+                    Some("client") => self.spec.has_client_affinity = true,
+                    Some(other) => problems.error_with(
+                        &inner,
+                        format_args!("{:?} is no affinity", shortened(other)),
+                        "write `client`: each client stays with one endpoint",
+                    ),
+                }
             }
         }
     }
@@ -362,26 +381,6 @@ fn read_network_mode(entry: &Spot<'_>, problems: &mut Problems) {
             "networks are not shared with other containers",
             "remove it: services of an app reach one another by name",
         ),
-    }
-}
-
-fn read_links(entry: &Spot<'_>, problems: &mut Problems) {
-    let mut has_plain = false;
-    for item in values::one_or_more(entry, problems) {
-        match values::text(&item, problems).and_then(|text| text.split_once(':')) {
-            Some((service, alias)) if service != alias => {
-                let hint = format!(
-                    "use {:?} in the settings, or name the service {:?}",
-                    shortened(service),
-                    shortened(alias)
-                );
-                problems.error_with(&item, "the only name of a service is its own", hint);
-            }
-            _ => has_plain = true,
-        }
-    }
-    if has_plain {
-        problems.ignored(entry, "services of an app reach one another by name anyway");
     }
 }
 

@@ -20,7 +20,7 @@ pub use node::{Architecture, Condition, Node, NodeSize};
 pub use settings::Settings;
 pub use spec::{
     AppSpec, Constraint, ConstraintSubject, DependencyCondition, HealthSpec, HealthTest, ImageSpec,
-    MountSource, MountSpec, PlacementSpec, PortSpec, Protocol, ResourceSpec, RestartPolicy, ServiceSpec,
-    VolumeSpec,
+    MountSource, MountSpec, NetworkUse, PlacementSpec, PortSpec, Protocol, ResourceSpec, RestartPolicy,
+    ServiceSpec, VolumeSpec,
 };
 pub use time::{Mono, Timestamp};

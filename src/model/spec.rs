@@ -57,6 +57,21 @@ pub struct ServiceSpec {
     pub is_read_only: bool,
     pub has_init: bool,
     pub has_tty: bool,
+    /// By the network's key, unique in the cluster: `app/name`, or a bare name that several apps share.
+    pub networks: BTreeMap<String, NetworkUse>,
+    /// `container_name`: one more name of the service.
+    pub container_name: Option<String>,
+    /// `x-tinydc.affinity: client`: a client stays with one endpoint.
+    pub has_client_affinity: bool,
+}
+
+/// How a service takes part in a network.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkUse {
+    /// More names of the service there.
+    pub aliases: BTreeSet<String>,
+    /// The network has no way out, as this app declares it.
+    pub is_internal: bool,
 }
 
 /// The image as written, and the digest its tag was resolved to at deploy.
@@ -233,6 +248,9 @@ impl ServiceSpec {
             is_read_only: false,
             has_init: false,
             has_tty: false,
+            networks: BTreeMap::new(),
+            container_name: None,
+            has_client_affinity: false,
         }
     }
 

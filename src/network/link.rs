@@ -26,6 +26,7 @@ const PROTOCOL_STATIC: u8 = 4;
 const TABLE_MAIN: u8 = 254;
 const UNICAST: u8 = 1;
 const ON_LINK: u32 = 4;
+const SCOPE_LINK: u8 = 253;
 
 fn link_header(index: u32, flags: u32, change: u32) -> Vec<u8> {
     let mut header = vec![0; 4];
@@ -49,11 +50,20 @@ pub fn add_bridge(socket: &Socket, name: &str) -> io::Result<()> {
     socket.send(&batch)
 }
 
-/// A pair of which one end is on a bridge here and the other is `eth0` in another namespace.
-pub fn add_veth(socket: &Socket, name: &str, master: u32, mtu: u32, netns: BorrowedFd<'_>) -> io::Result<()> {
+/// A pair of which one end is here, on a bridge if `master` is one, and the other is `eth0` in another namespace.
+pub fn add_veth(
+    socket: &Socket,
+    name: &str,
+    master: Option<u32>,
+    mtu: u32,
+    netns: BorrowedFd<'_>,
+) -> io::Result<()> {
     let mut batch = Batch::new();
     batch.message(NEW_LINK, ACK | CREATE | EXCLUSIVE, &link_header(0, UP, UP));
-    batch.text(IFNAME, name).native(MTU, mtu).native(MASTER, master);
+    batch.text(IFNAME, name).native(MTU, mtu);
+    if let Some(master) = master {
+        batch.native(MASTER, master);
+    }
     batch.nested(LINKINFO, |batch| {
         batch.text(INFO_KIND, "veth").nested(INFO_DATA, |batch| {
             batch.nested(VETH_PEER, |batch| {
@@ -107,7 +117,8 @@ fn change_address(
 pub struct Route {
     /// `None`: the default route.
     pub to: Option<(Ipv4Addr, u8)>,
-    pub via: Ipv4Addr,
+    /// `None`: its addresses are on the link itself.
+    pub via: Option<Ipv4Addr>,
     /// 0: the kernel finds the link by the gateway.
     pub link: u32,
     /// The gateway needs no route of its own.
@@ -116,8 +127,10 @@ pub struct Route {
 
 fn route_message(batch: &mut Batch, kind: u16, flags: u16, route: &Route) {
     let length = route.to.map_or(0, |(_, length)| length);
-    let mut header = vec![libc::AF_INET as u8, length, 0, 0, TABLE_MAIN, PROTOCOL_STATIC, 0, UNICAST];
-    header.extend(if route.is_on_link { ON_LINK } else { 0 }.to_ne_bytes());
+    let scope = if route.via.is_some() { 0 } else { SCOPE_LINK };
+    let mut header = vec![libc::AF_INET as u8, length, 0, 0, TABLE_MAIN, PROTOCOL_STATIC, scope, UNICAST];
+    let on_link = if route.is_on_link && route.via.is_some() { ON_LINK } else { 0 };
+    header.extend(on_link.to_ne_bytes());
     batch.message(kind, flags, &header);
     if let Some((network, _)) = route.to {
         batch.attribute(1, &network.octets());
@@ -125,7 +138,9 @@ fn route_message(batch: &mut Batch, kind: u16, flags: u16, route: &Route) {
     if route.link != 0 {
         batch.native(4, route.link);
     }
-    batch.attribute(5, &route.via.octets());
+    if let Some(via) = route.via {
+        batch.attribute(5, &via.octets());
+    }
 }
 
 pub fn add_route(socket: &Socket, route: &Route) -> io::Result<()> {

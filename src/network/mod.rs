@@ -3,16 +3,24 @@
 //! Input: desired tables, from the agent and the node. Output: the kernel's own tables, by netlink; no program is
 //! called. Everything blocks for a few milliseconds and belongs on a blocking thread.
 //!
-//! A container has a /32 and a default route `onlink` by the bridge: with a plain /24 traffic between containers of
-//! one node would bypass connection tracking.
+//! A container has a /32, a link of its own to the node and a default route `onlink` by the bridge's address. The links
+//! are routed, not bridged: traffic between two containers of one node passes the same hooks as any other, whether or
+//! not the kernel filters bridged frames, and a container can't send with another's address. The bridge `tdc0` only
+//! holds that address, which is the name server's.
 
+pub mod conntrack;
+mod hold;
 pub mod link;
 pub mod netlink;
 mod nft;
 
+pub use hold::Taken;
+pub use nft::table::{PortKey, PortRow, VipRow, Wanted};
+
 use crate::linux::netns;
-use crate::model::Protocol;
+use hold::Holds;
 use netlink::Socket;
+use nft::{Shape, Table};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
@@ -23,8 +31,6 @@ use std::sync::{Mutex, PoisonError};
 
 pub const BRIDGE: &str = "tdc0";
 const MTU: u32 = 1500;
-/// Of peers and clients: containers are refused there.
-const OWN_PORT: u16 = 7400;
 
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
@@ -48,16 +54,6 @@ fn kernel(step: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
     move |source| NetworkError::Kernel { step, source }
 }
 
-/// One published port and the containers on this node behind it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PublishedPort {
-    pub protocol: Protocol,
-    pub port: u16,
-    pub host_address: Option<Ipv4Addr>,
-    /// Address and port of each container, in a fixed order.
-    pub endpoints: Vec<(Ipv4Addr, u16)>,
-}
-
 #[derive(Clone, Debug)]
 pub struct NetworkConfig {
     /// 8 hexadecimal digits of the node's id.
@@ -66,6 +62,10 @@ pub struct NetworkConfig {
     pub container_range: Ipv4Addr,
     /// Which /24 of it is this node's.
     pub number: u8,
+    /// A /16: the services' addresses.
+    pub vip_range: Ipv4Addr,
+    /// Where this node listens for peers and clients: closed to containers.
+    pub own_ports: BTreeSet<u16>,
     /// Holds the containers' namespaces.
     pub run_dir: PathBuf,
 }
@@ -75,6 +75,8 @@ pub struct Network {
     bridge_address: Ipv4Addr,
     /// The routes this run has made.
     routes: Mutex<BTreeMap<u8, Ipv4Addr>>,
+    table: Mutex<Table>,
+    holds: Mutex<Holds>,
 }
 
 impl Network {
@@ -96,21 +98,30 @@ impl Network {
         link::set_up(&socket, index).map_err(kernel(format!("set {BRIDGE} up")))?;
         link::add_address(&socket, index, bridge_address, 24)
             .map_err(kernel(format!("give {BRIDGE} the address {bridge_address}")))?;
-        set_sysctls()?;
-        let network = Network { config, bridge_address, routes: Mutex::default() };
-        network.make_table()?;
-        Ok(network)
+        let vips = link::Route { to: Some((config.vip_range, 16)), via: None, link: index, is_on_link: true };
+        link::add_route(&socket, &vips).map_err(kernel("route to the services' addresses"))?;
+        set_sysctl("net/ipv4/ip_forward", "1")?;
+        set_sysctl("net/ipv4/conf/all/send_redirects", "0")?;
+        // Published ports answer on loopback too, wherever the container is. The table drops what comes from outside and
+        // is addressed to loopback.
+        set_sysctl(ROUTE_LOCALNET, "1")?;
+        let shape = Shape {
+            cluster: (config.container_range, 16),
+            node: (bridge_address, 24),
+            vips: (config.vip_range, 16),
+            own_ports: config.own_ports.clone(),
+        };
+        Ok(Network {
+            config,
+            bridge_address,
+            routes: Mutex::default(),
+            table: Mutex::new(Table::new(shape)),
+            holds: Mutex::default(),
+        })
     }
 
-    fn make_table(&self) -> Result<(), NetworkError> {
-        let socket = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
-        let shape = nft::Shape {
-            bridge: BRIDGE,
-            cluster: (self.config.container_range, 16),
-            node: (self.bridge_address, 24),
-        };
-        nft::make_table(&socket, &shape, OWN_PORT)
-            .map_err(kernel("make the nftables table; the kernel needs nf_tables with nat, fib and numgen"))
+    pub fn bridge_address(&self) -> Ipv4Addr {
+        self.bridge_address
     }
 
     fn netns_path(&self, container: &str) -> PathBuf {
@@ -139,10 +150,13 @@ impl Network {
 
     fn connect(&self, container: &str, address: Ipv4Addr, path: &Path) -> Result<(), NetworkError> {
         let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
-        let bridge = link::index_of(BRIDGE).map_err(kernel(format!("find {BRIDGE}")))?;
         let netns_file = File::open(path).map_err(kernel(format!("open {}", path.display())))?;
-        link::add_veth(&socket, &Network::veth_name(container), bridge, MTU, netns_file.as_fd())
-            .map_err(kernel(format!("connect {container} to {BRIDGE}; the kernel needs `veth`")))?;
+        let name = Network::veth_name(container);
+        link::add_veth(&socket, &name, None, MTU, netns_file.as_fd())
+            .map_err(kernel(format!("connect {container}; the kernel needs `veth`")))?;
+        for (setting, value) in LINK_SYSCTLS {
+            set_sysctl(&format!("net/ipv4/conf/{name}/{setting}"), value)?;
+        }
         let gateway = self.bridge_address;
         netns::in_netns(path, move || {
             let socket = Socket::route()?;
@@ -150,9 +164,16 @@ impl Network {
             let index = link::index_of("eth0")?;
             link::set_up(&socket, index)?;
             link::add_address(&socket, index, address, 32)?;
-            link::add_route(&socket, &link::Route { to: None, via: gateway, link: index, is_on_link: true })
+            link::add_route(
+                &socket,
+                &link::Route { to: None, via: Some(gateway), link: index, is_on_link: true },
+            )
         })
-        .map_err(kernel(format!("set up the network inside {container}")))
+        .map_err(kernel(format!("set up the network inside {container}")))?;
+        let to_container = |link| link::Route { to: Some((address, 32)), via: None, link, is_on_link: true };
+        link::index_of(&name)
+            .and_then(|index| link::add_route(&socket, &to_container(index)))
+            .map_err(kernel(format!("route to {container}")))
     }
 
     /// Takes the container's namespace away, and with it both ends of its link.
@@ -169,18 +190,36 @@ impl Network {
         Ok(())
     }
 
-    /// Replaces the published ports of this node.
-    pub fn set_ports(&self, ports: &[PublishedPort]) -> Result<(), NetworkError> {
+    /// Brings the kernel to `wanted`; connections that one of `dead` answers are forgotten, so that they are reset.
+    /// Returns the published ports that another program has.
+    pub fn apply(&self, wanted: &Wanted, dead: &[Ipv4Addr]) -> Result<Vec<Taken>, NetworkError> {
         let socket = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
-        match nft::set_ports(&socket, ports) {
-            Ok(()) => Ok(()),
-            // Somebody flushed all tables: make ours again.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
-                self.make_table()?;
-                nft::set_ports(&socket, ports).map_err(kernel("publish ports"))
-            }
-            Err(error) => Err(kernel("publish ports")(error)),
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.apply(&socket, wanted).map_err(kernel(
+            "change the nftables table; the kernel needs nf_tables with nat, fib and numgen",
+        ))?;
+        for endpoint in dead {
+            conntrack::forget(&socket, *endpoint)
+                .map_err(kernel(format!("forget connections to {endpoint}")))?;
         }
+        let mut holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(holds.set(&wanted.ports.keys().copied().collect()))
+    }
+
+    /// How many connections each container answers, by its address, as this node's kernel tracks them.
+    pub fn connection_counts(&self) -> Result<BTreeMap<Ipv4Addr, u32>, NetworkError> {
+        let socket = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
+        let range = self.config.container_range.octets();
+        let is_container = |address: Ipv4Addr| {
+            let octets = address.octets();
+            octets[..2] == range[..2] && octets[3] > 1
+        };
+        conntrack::counts(&socket, &is_container).map_err(kernel("list tracked connections"))
+    }
+
+    /// Which of these ports another program on this node has.
+    pub fn taken_ports(&self, keys: &[PortKey]) -> Vec<Taken> {
+        self.holds.lock().unwrap_or_else(PoisonError::into_inner).check(keys)
     }
 
     /// Replaces the routes to the other nodes' containers: by node number, the node's address on the LAN.
@@ -216,7 +255,7 @@ impl Network {
         let [first, second, ..] = self.config.container_range.octets();
         link::Route {
             to: Some((Ipv4Addr::new(first, second, number, 0), 24)),
-            via,
+            via: Some(via),
             link: 0,
             is_on_link: false,
         }
@@ -239,8 +278,9 @@ impl Network {
     pub fn erase(&self) -> Result<(), NetworkError> {
         self.sweep(&BTreeSet::new())?;
         self.set_routes(&BTreeMap::new())?;
+        set_sysctl(ROUTE_LOCALNET, "0")?;
         let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
-        nft::delete_table(&netfilter).map_err(kernel("delete the nftables table"))?;
+        nft::table::delete_table(&netfilter).map_err(kernel("delete the nftables table"))?;
         if let Ok(index) = link::index_of(BRIDGE) {
             let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
             link::delete(&socket, index).map_err(kernel(format!("delete {BRIDGE}")))?;
@@ -267,20 +307,16 @@ fn is_connected(path: &Path, address: Ipv4Addr) -> bool {
         .unwrap_or(false)
 }
 
-/// Forwarding on; no redirects, which would lead containers past the bridge; loopback may reach published ports.
-fn set_sysctls() -> Result<(), NetworkError> {
-    let wanted = [
-        ("net/ipv4/ip_forward", "1"),
-        ("net/ipv4/conf/all/send_redirects", "0"),
-        ("net/ipv4/conf/tdc0/send_redirects", "0"),
-        ("net/ipv4/conf/tdc0/route_localnet", "1"),
-    ];
-    for (name, value) in wanted {
-        let path = Path::new("/proc/sys").join(name);
-        let is_set = fs::read_to_string(&path).is_ok_and(|text| text.trim() == value);
-        if !is_set {
-            fs::write(&path, value).map_err(|source| NetworkError::Sysctl { path, value, source })?;
-        }
+const ROUTE_LOCALNET: &str = "net/ipv4/conf/all/route_localnet";
+
+/// Of each container's link: no redirects, which would lead past this node; no sender but the container's own address.
+const LINK_SYSCTLS: [(&str, &str); 2] = [("send_redirects", "0"), ("rp_filter", "1")];
+
+fn set_sysctl(name: &str, value: &'static str) -> Result<(), NetworkError> {
+    let path = Path::new("/proc/sys").join(name);
+    let is_set = fs::read_to_string(&path).is_ok_and(|text| text.trim() == value);
+    if is_set {
+        return Ok(());
     }
-    Ok(())
+    fs::write(&path, value).map_err(|source| NetworkError::Sysctl { path, value, source })
 }

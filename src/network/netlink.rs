@@ -15,8 +15,11 @@ pub const EXCLUSIVE: u16 = 0x200;
 pub const CREATE: u16 = 0x400;
 pub const APPEND: u16 = 0x800;
 pub const REPLACE: u16 = 0x100;
+/// All rows of a table are wanted.
+pub const DUMP: u16 = 0x300;
 const REQUEST: u16 = 0x1;
 const ERROR: u16 = 2;
+const DONE: u16 = 3;
 const HEADER_BYTES: usize = 16;
 const BUFFER_BYTES: usize = 4 << 20;
 
@@ -67,6 +70,41 @@ impl Socket {
         }
         first_error.map_or(Ok(()), Err)
     }
+
+    /// Sends one request for a whole table; `visit` gets the body of each row.
+    pub fn dump(&self, batch: &Batch, visit: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+        send(self.fd.as_raw_fd(), &batch.bytes, MsgFlags::empty())?;
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            let length = recv(self.fd.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+            let mut rest = &buffer[..length];
+            while let Some(message) = next_message(&mut rest) {
+                let body = &message[HEADER_BYTES..];
+                match u16::from_ne_bytes([message[4], message[5]]) {
+                    DONE => return Ok(()),
+                    ERROR => {
+                        let code = body.get(..4).and_then(|code| code.try_into().ok());
+                        return Err(io::Error::from_raw_os_error(
+                            -code.map_or(-libc::EIO, i32::from_ne_bytes),
+                        ));
+                    }
+                    _ => visit(body),
+                }
+            }
+        }
+    }
+}
+
+/// The attributes in a message's body: kind without its flags, and value. Ends at the first that is none.
+pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    const FLAGS: u16 = 0xc000;
+    std::iter::from_fn(move || {
+        let length = usize::from(u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?));
+        let kind = u16::from_ne_bytes(bytes.get(2..4)?.try_into().ok()?) & !FLAGS;
+        let value = bytes.get(4..length)?;
+        bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
+        Some((kind, value))
+    })
 }
 
 fn next_message<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {

@@ -204,6 +204,7 @@ impl<'a> Run<'a> {
             executor: self.executor.clone(),
             size: machine::size(),
             software: env!("CARGO_PKG_VERSION").into(),
+            broadcast: broadcast(self.transport.clone()),
         }));
         let (leave, leaving) = async_channel::bounded(1);
         let api_listen = self.config.api_listen();
@@ -278,6 +279,8 @@ impl<'a> Run<'a> {
             tag,
             container_range: cluster.container_range,
             number: row.number,
+            vip_range: cluster.vip_range,
+            own_ports: BTreeSet::from([self.config.listen().port(), self.config.api_listen().port()]),
             run_dir: self.config.run_dir(),
         })?);
         let (transport, executor) = (self.transport.clone(), self.executor.clone());
@@ -335,6 +338,19 @@ impl<'a> Run<'a> {
         let replica = self.replica;
         smol::unblock(move || replica.stop()).await;
     }
+}
+
+/// Both ways: a datagram overtakes what waits in a stream, and the stream repeats what is lost.
+fn broadcast(transport: Transport) -> crate::agent::Broadcast {
+    const DATAGRAM_BYTES_MAX: usize = 1000;
+    Arc::new(move |frame: Vec<u8>| {
+        if frame.len() <= DATAGRAM_BYTES_MAX {
+            transport.broadcast_datagram(&frame);
+        }
+        for peer in transport.connections().into_keys() {
+            transport.frame(peer, frame.clone());
+        }
+    })
 }
 
 fn transport_config(
@@ -458,7 +474,17 @@ impl EventPump {
                         self.gate.note_acknowledged(from, &message);
                         self.replica.input_or_drop(Input::Message { from, message })
                     }
-                    Ok(PeerFrame::Alive(alive)) => self.replica.input_or_drop(Input::Alive { from, alive }),
+                    Ok(PeerFrame::Alive(alive)) => {
+                        if let Some(backend) = self.late.backend.get() {
+                            backend.agent.hear_alive(from);
+                        }
+                        self.replica.input_or_drop(Input::Alive { from, alive })
+                    }
+                    Ok(PeerFrame::Endpoints(hint)) => {
+                        if let Some(backend) = self.late.backend.get() {
+                            backend.agent.hear_hint(from, hint);
+                        }
+                    }
                     Ok(PeerFrame::Forward(command)) => {
                         self.replica.input_or_drop(Input::Forwarded { from, command: Box::new(command) });
                     }

@@ -13,7 +13,7 @@ mod writer;
 
 pub use published::{Published, Snapshot};
 pub use thread::{Outgoing, Replica, ReplicaConfig, ReplicaError};
-pub use wire::{PeerFrame, SnapshotHeader, WireError};
+pub use wire::{EndpointHint, PeerFrame, SnapshotHeader, WireError};
 
 use crate::control::{Applied, Input, Status, Undone};
 use crate::state::{Command, RequestMark, State};

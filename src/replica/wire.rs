@@ -2,6 +2,7 @@
 
 use crate::consensus::Message;
 use crate::control::Alive;
+use crate::model::{InstanceId, StartId};
 use crate::state::Command;
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +14,16 @@ pub enum PeerFrame {
     /// What a node's agent says, on its way to the leader.
     Forward(Command),
     Alive(Alive),
+    Endpoints(EndpointHint),
+}
+
+/// All instances that a node's agent says don't serve: sent when it changes, and again while it is not empty.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointHint {
+    pub start_id: StartId,
+    /// Grows within one run of the daemon.
+    pub seq: u64,
+    pub down: Vec<InstanceId>,
 }
 
 /// Goes before a snapshot's frames.
@@ -70,7 +81,6 @@ impl SnapshotHeader {
 mod tests {
     use super::*;
     use crate::control::Figures;
-    use crate::model::StartId;
 
     #[test]
     fn golden_bytes_of_frames() {
@@ -78,6 +88,10 @@ mod tests {
         let bytes = PeerFrame::Alive(alive).encode();
         assert_eq!(bytes, [1, 2, 1, 2, 0, 0, 0, 0, 0]);
         assert_eq!(PeerFrame::decode(&bytes).expect("decodes"), PeerFrame::Alive(alive));
+        let hint = EndpointHint { start_id: StartId(1), seq: 2, down: vec![InstanceId(300)] };
+        let bytes = PeerFrame::Endpoints(hint.clone()).encode();
+        assert_eq!(bytes, [1, 3, 1, 2, 1, 172, 2]);
+        assert_eq!(PeerFrame::decode(&bytes).expect("decodes"), PeerFrame::Endpoints(hint));
         assert!(PeerFrame::decode(&[2, 2]).is_err());
         assert!(PeerFrame::decode(&[1, 99]).is_err());
         assert!(PeerFrame::decode(&[]).is_err());

@@ -46,7 +46,7 @@ impl Lan {
         let machine = File::open(&path)?;
         netns::in_netns(&self.netns, || {
             let socket = Socket::route()?;
-            link::add_veth(&socket, &port(number), link::index_of(BRIDGE)?, MTU, machine.as_fd())
+            link::add_veth(&socket, &port(number), Some(link::index_of(BRIDGE)?), MTU, machine.as_fd())
         })
         .with_context(|| format!("connect {name} to the LAN"))?;
         let address = self.address(number);

@@ -1,0 +1,206 @@
+//! Keeps the network of this node as the state and the hints say: one task, beside the agent's loop so that a slow
+//! launch delays no endpoint.
+//!
+//! Input: the state, hints of peers, what the agent knows of its containers. Output: the kernel's table, connections
+//! reset, and this node's own hints. Nothing of it waits for a leader or a disk.
+
+use super::hints::SILENT_AFTER;
+use super::reconcile::{Local, Presence};
+use super::wiring::{self, View, Wiring};
+use super::worker::{Shared, chain};
+use crate::model::*;
+use crate::network::{Network, Taken};
+use crate::replica::{EndpointHint, Handle, PeerFrame};
+use crate::state::State;
+use crate::verdict::Verdict;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tracing::{info, warn};
+
+/// How often silence is looked for, and hints repeated.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+const REPEAT_EVERY: Duration = Duration::from_millis(500);
+/// A list that became empty is repeated this long, for peers that missed it.
+const REPEAT_EMPTY_FOR: Duration = Duration::from_secs(3);
+/// This loop came round so late that the process was paused: what was not heard says nothing.
+const LATE: Duration = Duration::from_millis(1_000);
+/// Without a change the kernel's table is looked after this often: somebody may have flushed it.
+const RENEW_EVERY: Duration = Duration::from_secs(30);
+
+/// Sends a frame to every peer at once.
+pub type Broadcast = Arc<dyn Fn(Vec<u8>) + Send + Sync>;
+
+/// What `tinydc net` shows of this node's network beyond the state.
+#[derive(Clone, Debug, Default)]
+pub struct NetworkView {
+    pub wiring: Wiring,
+    pub taken: Vec<Taken>,
+    /// Why the kernel's table is not as it should be.
+    pub error: Option<String>,
+}
+
+pub struct Mesh {
+    pub node: NodeId,
+    pub start_id: StartId,
+    pub replica: Handle,
+    pub(super) shared: Arc<Shared>,
+    pub broadcast: Broadcast,
+}
+
+/// What the last round came to: nothing is done twice.
+#[derive(Default)]
+struct Last {
+    inputs: Option<(Arc<State>, BTreeSet<(NodeId, InstanceId)>, BTreeSet<NodeId>)>,
+    applied_at: Option<Instant>,
+    own_down: Vec<InstanceId>,
+    own_down_since: Option<Instant>,
+    sent_at: Option<Instant>,
+    seq: u64,
+}
+
+impl Mesh {
+    pub async fn run(self) {
+        let watch = self.replica.published().watch();
+        let mut last = Last::default();
+        let mut came_round = Instant::now();
+        loop {
+            let now = Instant::now();
+            if now.duration_since(came_round) > LATE + LOOK_EVERY {
+                self.shared.hints.forgive(now);
+            }
+            came_round = now;
+            let state = self.replica.state();
+            self.tell_own(&state, &mut last, now);
+            self.follow(state, &mut last, now).await;
+            let wake = futures_lite::future::or(
+                async {
+                    self.shared.hints.woken().await;
+                },
+                async {
+                    watch.changed().await;
+                },
+            );
+            let pause = async {
+                async_io::Timer::after(LOOK_EVERY).await;
+            };
+            futures_lite::future::or(wake, pause).await;
+        }
+    }
+
+    /// Tells the peers which instances here don't serve.
+    fn tell_own(&self, state: &State, last: &mut Last, now: Instant) {
+        let down = own_down(state, self.node, &self.shared.locals());
+        let is_news = down != last.own_down;
+        if is_news {
+            last.own_down = down;
+            last.own_down_since = Some(now);
+        }
+        let is_recent = last.own_down_since.is_some_and(|since| now.duration_since(since) < REPEAT_EMPTY_FOR);
+        let is_due = last.sent_at.is_none_or(|at| now.duration_since(at) >= REPEAT_EVERY);
+        if is_news || (is_due && (is_recent || !last.own_down.is_empty())) {
+            last.sent_at = Some(now);
+            last.seq += 1;
+            let hint = EndpointHint { start_id: self.start_id, seq: last.seq, down: last.own_down.clone() };
+            (self.broadcast)(PeerFrame::Endpoints(hint).encode());
+        }
+    }
+
+    async fn follow(&self, state: Arc<State>, last: &mut Last, now: Instant) {
+        let hints = &self.shared.hints;
+        let mut down = hints.down();
+        down.extend(last.own_down.iter().map(|instance| (self.node, *instance)));
+        let silent = hints.silent(SILENT_AFTER, now);
+        let is_same = last.inputs.as_ref().is_some_and(|(old_state, old_down, old_silent)| {
+            Arc::ptr_eq(old_state, &state) && *old_down == down && *old_silent == silent
+        });
+        let is_due = last.applied_at.is_none_or(|at| now.duration_since(at) >= RENEW_EVERY);
+        if is_same && !is_due {
+            return;
+        }
+        let view = View { state: &state, own: self.node, down: &down, silent: &silent };
+        let wiring = wiring::plan(&view);
+        let before = self.shared.network_view();
+        if before.wiring != wiring || before.error.is_some() || is_due {
+            let is_first = last.applied_at.is_none();
+            self.apply(before, wiring, is_first).await;
+            last.applied_at = Some(now);
+        }
+        last.inputs = Some((state, down, silent));
+    }
+
+    async fn apply(&self, before: NetworkView, wiring: Wiring, is_first: bool) {
+        let network = self.shared.ground.network.clone();
+        let wanted = wiring.wanted.clone();
+        let mut dead: Vec<Ipv4Addr> = before.wiring.alive.difference(&wiring.alive).copied().collect();
+        let alive = wiring.alive.clone();
+        let outcome = smol::unblock(move || {
+            if is_first {
+                dead.extend(dead_since_last_run(&network, &alive));
+            }
+            network.apply(&wanted, &dead)
+        })
+        .await;
+        let mut after = NetworkView { wiring, ..before.clone() };
+        match outcome {
+            Ok(taken) => {
+                after.error = None;
+                for taken in taken.iter().filter(|taken| !before.taken.contains(taken)) {
+                    let by = taken.by.as_deref().unwrap_or("another program");
+                    warn!(port = taken.key.port, by, "a published port is taken on this node");
+                }
+                after.taken = taken;
+            }
+            Err(error) => {
+                let text = chain(&error);
+                if before.error.as_ref() != Some(&text) {
+                    warn!(error = text, "change the network");
+                }
+                // What was not applied is tried again; what died meanwhile must not be forgotten.
+                after.wiring.alive.extend(before.wiring.alive.iter().copied());
+                after.error = Some(text);
+            }
+        }
+        if before.error.is_some() && after.error.is_none() {
+            info!("the network is as it should be again");
+        }
+        self.shared.set_network_view(after);
+    }
+}
+
+/// Endpoints that died while no daemon looked: connections to them still hang.
+fn dead_since_last_run(network: &Network, alive: &BTreeSet<Ipv4Addr>) -> Vec<Ipv4Addr> {
+    let counts: BTreeMap<Ipv4Addr, u32> = network.connection_counts().unwrap_or_default();
+    counts.into_keys().filter(|address| !alive.contains(address)).collect()
+}
+
+/// Instances here that the state takes for serving, and that don't.
+fn own_down(state: &State, own: NodeId, locals: &BTreeMap<InstanceId, Local>) -> Vec<InstanceId> {
+    state
+        .instances_on(own)
+        .filter(|instance| instance.observed.phase.is_running())
+        .filter(|instance| {
+            locals.get(&instance.id).is_none_or(|local| {
+                let is_untested = local.is_untested && local.is_probed;
+                local.presence != Presence::Running
+                    || is_untested
+                    || local.verdict == Some(Verdict::Unhealthy)
+            })
+        })
+        .map(|instance| instance.id)
+        .collect()
+}
+
+impl Shared {
+    pub(super) fn network_view(&self) -> NetworkView {
+        self.network_view.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_network_view(&self, view: NetworkView) {
+        *self.network_view.lock().unwrap_or_else(PoisonError::into_inner) = view;
+    }
+}
+
+/// Held by the agent's shared part.
+pub(super) type ViewCell = Mutex<NetworkView>;

@@ -1,0 +1,6 @@
+//! nftables by nfnetlink: messages and expressions, and the one table `tinydc` made of them.
+
+mod message;
+pub mod table;
+
+pub use table::{Shape, Table};

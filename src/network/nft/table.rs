@@ -1,0 +1,515 @@
+//! The table `tinydc`: who answers for an address or a port, and who may talk to whom.
+//!
+//! ```text
+//! map vip, vip_pinned { ipv4_addr . mark : ipv4_addr }                           VIP . slot → endpoint
+//! map pub, pub_pinned { inet_proto . inet_service . mark : ipv4_addr . inet_service }   port . slot → endpoint
+//! map pub_at { ipv4_addr . inet_proto . inet_service . mark : … }                the same for one host address
+//! map class  { ipv4_addr : mark }     container → the class of those in the same networks
+//! set reach  { mark . ipv4_addr }     class . container it may reach
+//! set inner  { ipv4_addr }            containers without a way out
+//! set local  { ipv4_addr . ipv4_addr } containers here, twice: for traffic that comes back to its sender
+//! set held, held_at { … inet_proto . inet_service }   published ports: nobody else answers on them
+//! ```
+//! A VIP answers on every port, as the containers behind it do: only the address is translated. A slot is a random
+//! number for each connection, or a hash of the client's address where it is to stay with one endpoint.
+//!
+//! A change is one transaction, which the kernel takes whole or not at all, and touches only what changed. What is in
+//! the kernel serves on while no daemon runs; a daemon's first transaction replaces the table whole.
+
+use super::super::netlink::Socket;
+use super::message::{
+    DELETE_TABLE, Element, Expressions, NEW_TABLE, Network4, TYPE_ADDRESS, TYPE_MARK, TYPE_PROTOCOL,
+    TYPE_SERVICE, Transaction,
+};
+use crate::model::Protocol;
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::net::Ipv4Addr;
+
+pub const TABLE: &str = "tinydc";
+/// Divisible by 1 to 6, so that few endpoints share evenly.
+const SLOTS: u32 = 60;
+const TCP: u8 = libc::IPPROTO_TCP as u8;
+const UDP: u8 = libc::IPPROTO_UDP as u8;
+
+/// What the rules are about.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    /// All nodes' containers.
+    pub cluster: Network4,
+    /// This node's containers.
+    pub node: Network4,
+    pub vips: Network4,
+    /// Where this node listens for peers and clients: closed to containers.
+    pub own_ports: BTreeSet<u16>,
+}
+
+/// A service's endpoints behind its VIP.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VipRow {
+    pub endpoints: Vec<Ipv4Addr>,
+    /// A client stays with one endpoint.
+    pub is_pinned: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct PortKey {
+    pub protocol: Protocol,
+    pub port: u16,
+    /// Only at this address of a node.
+    pub host_address: Option<Ipv4Addr>,
+}
+
+/// Who answers for a published port.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PortRow {
+    pub endpoints: Vec<(Ipv4Addr, u16)>,
+    pub is_pinned: bool,
+}
+
+/// Everything that the table is to say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    pub vips: BTreeMap<Ipv4Addr, VipRow>,
+    pub ports: BTreeMap<PortKey, PortRow>,
+    pub classes: BTreeMap<Ipv4Addr, u32>,
+    pub reach: BTreeSet<(u32, Ipv4Addr)>,
+    pub inner: BTreeSet<Ipv4Addr>,
+    pub local: BTreeSet<Ipv4Addr>,
+}
+
+/// The table as this run has made it.
+pub struct Table {
+    shape: Shape,
+    applied: Option<Wanted>,
+    /// The kernel can hash; without it pinned services are balanced as the others are.
+    has_hash: bool,
+}
+
+impl Table {
+    pub fn new(shape: Shape) -> Table {
+        Table { shape, applied: None, has_hash: true }
+    }
+
+    /// Brings the kernel's table to `wanted`.
+    pub fn apply(&mut self, socket: &Socket, wanted: &Wanted) -> io::Result<()> {
+        if let Some(applied) = &self.applied {
+            let mut change = Transaction::new();
+            put_changes(&mut change, applied, wanted);
+            if change.commit(socket).is_ok() {
+                self.applied = Some(wanted.clone());
+                return Ok(());
+            }
+            // Somebody flushed all tables, or changed ours: it is made anew.
+        }
+        self.applied = None;
+        match self.replace(socket, wanted) {
+            Err(error) if self.has_hash && error.raw_os_error() == Some(libc::ENOENT) => {
+                self.has_hash = false;
+                self.replace(socket, wanted)?;
+            }
+            outcome => outcome?,
+        }
+        self.applied = Some(wanted.clone());
+        Ok(())
+    }
+
+    fn replace(&self, socket: &Socket, wanted: &Wanted) -> io::Result<()> {
+        let mut all = Transaction::new();
+        all.message(NEW_TABLE, super::super::netlink::CREATE);
+        all.message(DELETE_TABLE, 0);
+        all.message(NEW_TABLE, super::super::netlink::CREATE);
+        make_sets(&mut all);
+        self.make_balancing(&mut all);
+        self.make_masquerading(&mut all);
+        self.make_isolation(&mut all);
+        self.make_filters(&mut all);
+        put_changes(&mut all, &Wanted::default(), wanted);
+        all.commit(socket)
+    }
+
+    fn make_balancing(&self, all: &mut Transaction) {
+        let shape = &self.shape;
+        all.chain("lb");
+        all.rule("lb", |rule| {
+            rule.destination_in(shape.vips, true).destination(8).random_slot(SLOTS, 9);
+            rule.look_up("vip", 8, 10).dnat_address(10);
+        });
+        all.rule("lb", |rule| {
+            rule.destination_in(shape.vips, true).destination(8);
+            self.pinned_slot(rule, 9).look_up("vip_pinned", 8, 10).dnat_address(10);
+        });
+        // The bridge's address is the name server's.
+        all.rule("lb", |rule| {
+            rule.destination_in(shape.cluster, true).return_();
+        });
+        all.rule("lb", |rule| {
+            rule.destination(8).layer4_protocol(9).destination_port(10).random_slot(SLOTS, 11);
+            rule.look_up("pub_at", 8, 12).dnat(12, 13);
+        });
+        all.rule("lb", |rule| {
+            rule.destination_is_local().layer4_protocol(8).destination_port(9).random_slot(SLOTS, 10);
+            rule.look_up("pub", 8, 12).dnat(12, 13);
+        });
+        all.rule("lb", |rule| {
+            rule.destination_is_local().layer4_protocol(8).destination_port(9);
+            self.pinned_slot(rule, 10).look_up("pub_pinned", 8, 12).dnat(12, 13);
+        });
+        for (chain, hook) in [("pre", 0), ("out", 3)] {
+            all.base_chain(chain, "nat", hook, -100);
+            all.rule(chain, |rule| {
+                rule.jump("lb");
+            });
+        }
+    }
+
+    fn pinned_slot<'a, 'b>(&self, rule: &'a mut Expressions<'b>, register: u32) -> &'a mut Expressions<'b> {
+        match self.has_hash {
+            true => rule.source_slot(SLOTS, register),
+            false => rule.random_slot(SLOTS, register),
+        }
+    }
+
+    fn make_masquerading(&self, all: &mut Transaction) {
+        let shape = &self.shape;
+        all.base_chain("post", "nat", 4, 100);
+        // A container that reaches itself by its service's address.
+        all.rule("post", |rule| {
+            rule.source(8).destination(9).is_in_set("local", 8).masquerade();
+        });
+        all.rule("post", |rule| {
+            rule.source_in(shape.node, true).destination_in(shape.cluster, false).masquerade();
+        });
+        all.rule("post", |rule| {
+            rule.was_dnat().source_in((Ipv4Addr::LOCALHOST, 8), true).masquerade();
+        });
+        // From outside, or by a node's address, to an endpoint on another node: the answer must come back here.
+        all.rule("post", |rule| {
+            rule.was_dnat()
+                .original_destination_in(shape.vips, false)
+                .destination_in(shape.node, false)
+                .masquerade();
+        });
+    }
+
+    fn make_isolation(&self, all: &mut Transaction) {
+        let shape = &self.shape;
+        all.chain("isolate");
+        all.chain("reached");
+        all.rule("reached", |rule| {
+            rule.value(8, 0).set_mark(8);
+        });
+        all.rule("reached", |rule| {
+            rule.accept();
+        });
+        // The mark is this table's own for a moment: what passes here goes from container to container.
+        all.rule("isolate", |rule| {
+            rule.source(8).look_up("class", 8, 8).set_mark(8);
+        });
+        all.rule("isolate", |rule| {
+            rule.mark(8).destination(9).is_in_set("reach", 8).jump("reached");
+        });
+        all.rule("isolate", |rule| {
+            rule.value(8, 0).set_mark(8);
+        });
+        // Asked for by a node's address: published, so open to everyone.
+        all.chain("published");
+        for side in [Side::Source, Side::Destination] {
+            all.rule("published", |rule| {
+                side.address(rule, 8).is_in_set("inner", 8).jump("refuse");
+            });
+        }
+        all.rule("isolate", |rule| {
+            rule.was_dnat().original_destination_in(shape.vips, false).jump("published");
+        });
+        all.rule("isolate", |rule| {
+            rule.was_dnat().original_destination_in(shape.vips, false).return_();
+        });
+        // Nodes themselves have the addresses that end in 0 and 1.
+        for side in [Side::Source, Side::Destination] {
+            all.rule("isolate", |rule| {
+                side.address(rule, 8).mask(8, &[0, 0, 0, 254]).compare(8, true, &[0; 4]).return_();
+            });
+        }
+        all.rule("isolate", |rule| {
+            rule.jump("refuse");
+        });
+    }
+
+    fn make_filters(&self, all: &mut Transaction) {
+        let shape = &self.shape;
+        // Loopback is routed (see `Network::open`), but nothing comes to it from outside.
+        all.base_chain("raw", "filter", 0, -300);
+        all.rule("raw", |rule| {
+            rule.input_link("lo", false).destination_in((Ipv4Addr::LOCALHOST, 8), true).drop();
+        });
+        all.base_chain("forward", "filter", 2, 0);
+        all.rule("forward", |rule| {
+            rule.is_protocol(TCP).clamp_segment_size();
+        });
+        all.rule("forward", |rule| {
+            rule.source_in(shape.cluster, true).destination_in(shape.cluster, true).jump("isolate");
+        });
+        all.rule("forward", |rule| {
+            rule.source(8).is_in_set("inner", 8).destination_in(shape.cluster, false).jump("refuse");
+        });
+        all.rule("forward", |rule| {
+            rule.destination(8).is_in_set("inner", 8).source_in(shape.cluster, false).jump("refuse");
+        });
+        all.rule("forward", |rule| {
+            rule.destination_in(shape.vips, true).jump("refuse");
+        });
+        all.base_chain("output", "filter", 3, 0);
+        all.rule("output", |rule| {
+            rule.destination_in(shape.vips, true).jump("refuse");
+        });
+        all.base_chain("input", "filter", 1, 0);
+        for protocol in [TCP, UDP] {
+            for port in &shape.own_ports {
+                all.rule("input", |rule| {
+                    rule.source_in(shape.node, true).input_link("lo", false).is_protocol(protocol);
+                    rule.destination_port(8).compare(8, true, &port.to_be_bytes()).jump("refuse");
+                });
+            }
+        }
+        for protocol in [TCP, UDP] {
+            all.rule("input", |rule| {
+                rule.source(8).is_in_set("inner", 8).is_protocol(protocol);
+                rule.destination_port(8).compare(8, false, &53u16.to_be_bytes()).jump("refuse");
+            });
+        }
+        // Published, and nobody answers: refused at once. The bridge's own ports are not the published ones.
+        all.rule("input", |rule| {
+            rule.destination_in(shape.cluster, false).layer4_protocol(8).destination_port(9);
+            rule.is_in_set("held", 8).jump("refuse");
+        });
+        all.rule("input", |rule| {
+            rule.destination(8).layer4_protocol(9).destination_port(10).is_in_set("held_at", 8);
+            rule.jump("refuse");
+        });
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Side {
+    Source,
+    Destination,
+}
+
+impl Side {
+    fn address<'a, 'b>(self, rule: &'a mut Expressions<'b>, register: u32) -> &'a mut Expressions<'b> {
+        match self {
+            Side::Source => rule.source(register),
+            Side::Destination => rule.destination(register),
+        }
+    }
+}
+
+fn make_sets(all: &mut Transaction) {
+    let endpoint = [TYPE_ADDRESS, TYPE_SERVICE];
+    for name in ["vip", "vip_pinned"] {
+        all.map(name, &[TYPE_ADDRESS, TYPE_MARK], &[TYPE_ADDRESS]);
+    }
+    for name in ["pub", "pub_pinned"] {
+        all.map(name, &[TYPE_PROTOCOL, TYPE_SERVICE, TYPE_MARK], &endpoint);
+    }
+    all.map("pub_at", &[TYPE_ADDRESS, TYPE_PROTOCOL, TYPE_SERVICE, TYPE_MARK], &endpoint);
+    all.map("class", &[TYPE_ADDRESS], &[TYPE_MARK]);
+    all.set("reach", &[TYPE_MARK, TYPE_ADDRESS]);
+    all.set("inner", &[TYPE_ADDRESS]);
+    all.set("local", &[TYPE_ADDRESS, TYPE_ADDRESS]);
+    all.set("held", &[TYPE_PROTOCOL, TYPE_SERVICE]);
+    all.set("held_at", &[TYPE_ADDRESS, TYPE_PROTOCOL, TYPE_SERVICE]);
+    all.chain("refuse");
+    all.rule("refuse", |rule| {
+        rule.is_protocol(TCP).reset();
+    });
+    all.rule("refuse", |rule| {
+        rule.reject();
+    });
+}
+
+pub fn delete_table(socket: &Socket) -> io::Result<()> {
+    let mut all = Transaction::new();
+    // Making it first makes deleting a missing one no error.
+    all.message(NEW_TABLE, super::super::netlink::CREATE);
+    all.message(DELETE_TABLE, 0);
+    all.commit(socket)
+}
+
+/// Elements to remove and to add, by set.
+fn put_changes(change: &mut Transaction, old: &Wanted, new: &Wanted) {
+    let vip_map = |row: &VipRow| if row.is_pinned { "vip_pinned" } else { "vip" };
+    put_rows(change, &old.vips, &new.vips, |vip, row| (vip_map(row), vip_elements(*vip, row)));
+    put_rows(change, &old.ports, &new.ports, |key, row| (port_map(key, row), port_elements(key, row)));
+    put_rows(change, &old.classes, &new.classes, |address, class| {
+        ("class", vec![(address.octets().to_vec(), class.to_ne_bytes().to_vec())])
+    });
+    put_set(change, "reach", &old.reach, &new.reach, |(class, address)| {
+        [class.to_ne_bytes(), address.octets()].concat()
+    });
+    put_set(change, "inner", &old.inner, &new.inner, |address| address.octets().to_vec());
+    put_set(change, "local", &old.local, &new.local, |address| address.octets().repeat(2));
+    put_set(change, "held", &held(old, false), &held(new, false), held_bytes);
+    put_set(change, "held_at", &held(old, true), &held(new, true), held_bytes);
+}
+
+fn held(wanted: &Wanted, has_address: bool) -> BTreeSet<PortKey> {
+    wanted.ports.keys().filter(|key| key.host_address.is_some() == has_address).copied().collect()
+}
+
+fn held_bytes(key: &PortKey) -> Vec<u8> {
+    let mut bytes = key.host_address.map(|at| at.octets().to_vec()).unwrap_or_default();
+    bytes.extend([protocol_number(key.protocol), 0, 0, 0]);
+    bytes.extend(padded(key.port));
+    bytes
+}
+
+fn put_rows<K: Ord, V: PartialEq>(
+    change: &mut Transaction,
+    old: &BTreeMap<K, V>,
+    new: &BTreeMap<K, V>,
+    elements: impl Fn(&K, &V) -> (&'static str, Vec<Element>),
+) {
+    let (mut removed, mut added): (BTreeMap<_, Vec<Element>>, BTreeMap<_, Vec<Element>>) = Default::default();
+    for (key, before) in old {
+        let after = new.get(key);
+        if after == Some(before) {
+            continue;
+        }
+        let (map, gone) = elements(key, before);
+        let (map_after, come) = after.map(|after| elements(key, after)).unwrap_or((map, Vec::new()));
+        // What stays the same is not touched.
+        let stays = |element: &Element, others: &[Element]| map == map_after && others.contains(element);
+        removed.entry(map).or_default().extend(gone.iter().filter(|e| !stays(e, &come)).cloned());
+        added.entry(map_after).or_default().extend(come.iter().filter(|e| !stays(e, &gone)).cloned());
+    }
+    for (key, after) in new.iter().filter(|(key, _)| !old.contains_key(key)) {
+        let (map, come) = elements(key, after);
+        added.entry(map).or_default().extend(come);
+    }
+    removed.iter().for_each(|(map, elements)| change.remove(map, elements));
+    added.iter().for_each(|(map, elements)| change.add(map, elements));
+}
+
+fn put_set<T: Ord>(
+    change: &mut Transaction,
+    name: &str,
+    old: &BTreeSet<T>,
+    new: &BTreeSet<T>,
+    key: impl Fn(&T) -> Vec<u8>,
+) {
+    let elements = |rows: Vec<&T>| rows.into_iter().map(|row| (key(row), Vec::new())).collect::<Vec<_>>();
+    change.remove(name, &elements(old.difference(new).collect()));
+    change.add(name, &elements(new.difference(old).collect()));
+}
+
+fn vip_elements(vip: Ipv4Addr, row: &VipRow) -> Vec<Element> {
+    slots(&row.endpoints, row.is_pinned)
+        .into_iter()
+        .map(|(slot, endpoint)| ([vip.octets(), slot.to_ne_bytes()].concat(), endpoint.octets().to_vec()))
+        .collect()
+}
+
+fn port_map(key: &PortKey, row: &PortRow) -> &'static str {
+    match (key.host_address, row.is_pinned) {
+        (Some(_), _) => "pub_at",
+        (None, true) => "pub_pinned",
+        (None, false) => "pub",
+    }
+}
+
+fn port_elements(key: &PortKey, row: &PortRow) -> Vec<Element> {
+    slots(&row.endpoints, row.is_pinned && key.host_address.is_none())
+        .into_iter()
+        .map(|(slot, (address, port))| {
+            let mut bytes = held_bytes(key);
+            bytes.extend(slot.to_ne_bytes());
+            (bytes, [address.octets(), padded(port)].concat())
+        })
+        .collect()
+}
+
+/// Who has which slot. Even; or, where clients are pinned, such that a slot moves only if its endpoint went or a new
+/// one takes it.
+fn slots<T: Copy + Ord + std::hash::Hash>(endpoints: &[T], is_pinned: bool) -> Vec<(u32, T)> {
+    let count = endpoints.len();
+    if count == 0 {
+        return Vec::new();
+    }
+    let chosen = |slot: u32| match is_pinned {
+        false if count <= SLOTS as usize => endpoints[slot as usize % count],
+        false => endpoints[slot as usize * count / SLOTS as usize],
+        true => *endpoints
+            .iter()
+            .max_by_key(|endpoint| (weight(slot, *endpoint), **endpoint))
+            .unwrap_or(&endpoints[0]),
+    };
+    (0..SLOTS).map(|slot| (slot, chosen(slot))).collect()
+}
+
+/// FNV-1a with a final mix: the same on each node and in each version.
+fn weight<T: std::hash::Hash>(slot: u32, endpoint: &T) -> u64 {
+    struct Fnv(u64);
+    impl std::hash::Hasher for Fnv {
+        fn finish(&self) -> u64 {
+            let mixed = (self.0 ^ (self.0 >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+            mixed ^ (mixed >> 33)
+        }
+        fn write(&mut self, bytes: &[u8]) {
+            for byte in bytes {
+                self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+            }
+        }
+    }
+    let mut hasher = Fnv(0xcbf2_9ce4_8422_2325);
+    std::hash::Hash::hash(&(slot, endpoint), &mut hasher);
+    std::hash::Hasher::finish(&hasher)
+}
+
+fn padded(port: u16) -> [u8; 4] {
+    let [high, low] = port.to_be_bytes();
+    [high, low, 0, 0]
+}
+
+fn protocol_number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => TCP,
+        Protocol::Udp => UDP,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn addresses(lasts: impl IntoIterator<Item = u8>) -> Vec<Ipv4Addr> {
+        lasts.into_iter().map(|last| Ipv4Addr::new(10, 77, 1, last)).collect()
+    }
+
+    #[test]
+    fn endpoints_share_the_slots_evenly() {
+        for count in 1..=6u8 {
+            let all = slots(&addresses(1..=count), false);
+            for endpoint in addresses(1..=count) {
+                let own = all.iter().filter(|(_, address)| *address == endpoint).count();
+                assert_eq!(own, 60 / usize::from(count));
+            }
+        }
+        assert!(slots::<Ipv4Addr>(&[], false).is_empty());
+        let many = slots(&addresses(1..=200), false);
+        assert_eq!(many.iter().map(|(_, address)| *address).collect::<BTreeSet<_>>().len(), 60);
+    }
+
+    #[test]
+    fn a_pinned_slot_moves_only_with_its_endpoint() {
+        let before = slots(&addresses(1..=4), true);
+        let after = slots(&addresses([1, 2, 4]), true);
+        for ((slot, old), (_, new)) in before.iter().zip(&after) {
+            assert!(old == new || *old == Ipv4Addr::new(10, 77, 1, 3), "slot {slot}");
+        }
+        for endpoint in addresses(1..=4) {
+            assert!(before.iter().filter(|(_, address)| *address == endpoint).count() >= 5);
+        }
+    }
+}
