@@ -18,6 +18,8 @@ const DOWN_MAX: usize = 4096;
 struct Peer {
     heard_at: Instant,
     hint: Option<EndpointHint>,
+    /// Which floating addresses it could hold.
+    holdable: u16,
 }
 
 pub struct Hints {
@@ -38,9 +40,10 @@ impl Hints {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn hear_alive(&self, from: NodeId, now: Instant) {
+    pub fn hear_alive(&self, from: NodeId, holdable: u16, now: Instant) {
         let mut peers = self.peers();
-        let peer = peers.entry(from).or_insert(Peer { heard_at: now, hint: None });
+        let peer = peers.entry(from).or_insert(Peer { heard_at: now, hint: None, holdable });
+        peer.holdable = holdable;
         let was_silent = now.duration_since(peer.heard_at) >= SILENT_AFTER;
         peer.heard_at = now;
         if was_silent {
@@ -51,7 +54,7 @@ impl Hints {
     pub fn hear(&self, from: NodeId, mut hint: EndpointHint, now: Instant) {
         hint.down.truncate(DOWN_MAX);
         let mut peers = self.peers();
-        let peer = peers.entry(from).or_insert(Peer { heard_at: now, hint: None });
+        let peer = peers.entry(from).or_insert(Peer { heard_at: now, hint: None, holdable: 0 });
         peer.heard_at = now;
         // One that was overtaken says nothing new.
         let is_old =
@@ -93,6 +96,13 @@ impl Hints {
         self.peers().iter().filter(|(_, peer)| is_silent(peer)).map(|(node, _)| *node).collect()
     }
 
+    /// Nodes heard within `limit`, and which floating addresses each could hold.
+    pub fn live(&self, limit: Duration, now: Instant) -> BTreeMap<NodeId, u16> {
+        let is_live = |peer: &Peer| now.saturating_duration_since(peer.heard_at) < limit;
+        let peers = self.peers();
+        peers.iter().filter(|(_, peer)| is_live(peer)).map(|(node, peer)| (*node, peer.holdable)).collect()
+    }
+
     /// After a pause of this process: nobody is blamed for what was not heard meanwhile.
     pub fn forgive(&self, now: Instant) {
         self.peers().values_mut().for_each(|peer| peer.heard_at = now);
@@ -126,11 +136,11 @@ mod tests {
     #[test]
     fn a_node_is_silent_after_a_while_and_back_at_a_word() {
         let (hints, now) = (Hints::default(), Instant::now());
-        hints.hear_alive(NodeId(2), now);
+        hints.hear_alive(NodeId(2), 0, now);
         assert!(hints.silent(SILENT_AFTER, now + Duration::from_millis(2_999)).is_empty());
         let later = now + SILENT_AFTER;
         assert_eq!(hints.silent(SILENT_AFTER, later), BTreeSet::from([NodeId(2)]));
-        hints.hear_alive(NodeId(2), later);
+        hints.hear_alive(NodeId(2), 0, later);
         assert!(hints.silent(SILENT_AFTER, later).is_empty());
     }
 }

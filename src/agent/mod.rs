@@ -6,6 +6,7 @@
 //!
 //! Never: decides where anything runs; writes what was not asked for.
 
+mod addresses;
 pub mod artifacts;
 mod health;
 mod hints;
@@ -17,6 +18,7 @@ mod restart;
 pub mod wiring;
 mod worker;
 
+pub use addresses::HeldAddresses;
 pub use artifacts::{Artifacts, FetchArtifactError};
 pub use launch::{Ground, LaunchError, container_id};
 pub use mesh::{Broadcast, NetworkView};

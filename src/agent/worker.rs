@@ -1,5 +1,6 @@
 //! The agent's task: one loop that owns what is known of the containers here.
 
+use super::addresses::{HeldAddresses, HeldCell, Keeper};
 use super::health;
 use super::hints::Hints;
 use super::launch::{Ground, container_id, instance_of};
@@ -14,6 +15,7 @@ use crate::state::{Command, State};
 use crate::verdict::Verdict;
 use async_executor::{Executor, Task};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::AtomicU16;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
@@ -78,6 +80,8 @@ pub struct AgentConfig {
     pub software: String,
     /// Brings a frame to every peer.
     pub broadcast: Broadcast,
+    /// Tells liveness which floating addresses this node could hold.
+    pub holdable: Arc<AtomicU16>,
 }
 
 /// What `ps` shows of an instance beyond the state; asked live, never logged.
@@ -104,6 +108,7 @@ pub(super) struct Shared {
     origin: Instant,
     pub(super) hints: Hints,
     pub(super) network_view: ViewCell,
+    pub(super) held: HeldCell,
 }
 
 impl Shared {
@@ -124,6 +129,7 @@ impl Agent {
             origin: Instant::now(),
             hints: Hints::default(),
             network_view: ViewCell::default(),
+            held: HeldCell::default(),
         });
         let (stop, stopped) = async_channel::bounded(1);
         let (sender, signals) = async_channel::bounded(SIGNALS_MAX);
@@ -164,8 +170,8 @@ impl Agent {
     }
 
     /// A peer's daemon lives.
-    pub fn hear_alive(&self, from: NodeId) {
-        self.shared.hints.hear_alive(from, Instant::now());
+    pub fn hear_alive(&self, from: NodeId, holdable: u16) {
+        self.shared.hints.hear_alive(from, holdable, Instant::now());
     }
 
     /// A peer says which of its instances don't serve.
@@ -176,6 +182,17 @@ impl Agent {
     /// The network of this node as it was last made.
     pub fn network_view(&self) -> NetworkView {
         self.shared.network_view()
+    }
+
+    /// What this node's own name server says of a name.
+    pub async fn resolve(&self, name: &str) -> std::io::Result<Option<std::net::Ipv4Addr>> {
+        let server = (self.shared.ground.network.bridge_address(), 53).into();
+        crate::network::lookup::address_of(server, name).await
+    }
+
+    /// The floating addresses on this node.
+    pub fn held_addresses(&self) -> HeldAddresses {
+        self.shared.held_addresses()
     }
 
     /// Live facts of the instances here. Blocks for reading a few files per instance.
@@ -232,7 +249,14 @@ impl Worker {
             shared: self.shared.clone(),
             broadcast: self.config.broadcast.clone(),
         };
-        // Ends with this loop.
+        let keeper = Keeper {
+            node: self.config.node,
+            replica: self.config.replica.clone(),
+            shared: self.shared.clone(),
+            holdable: self.config.holdable.clone(),
+        };
+        let _keeper = self.config.executor.spawn(keeper.run());
+        // Both end with this loop.
         let _mesh = self.config.executor.spawn(mesh.run());
         let watch = self.config.replica.published().watch();
         self.ask_whether_caught_up();

@@ -7,7 +7,7 @@ use super::routes::{Match, Verb, decode};
 use super::serve::Caller;
 use super::view::{Live, View};
 use super::wire::*;
-use super::{exec, images, instances, internal};
+use super::{exec, images, instances, internal, network, ports};
 use crate::model::*;
 use crate::state::{Command, Reply as StateReply, RequestMark, Role, State, TokenKind};
 use crate::transport::ids::AuthorityHash;
@@ -58,6 +58,13 @@ pub async fn handle(
         Verb::PutContent => images::put_content(backend, request).await,
         Verb::Events => events(backend, query.contains_key("follow")).await,
         Verb::Leave => leave(backend, request).await,
+        Verb::Network => network::show(backend, query.get("app").map(String::as_str)).await,
+        Verb::CheckNetwork => network::check(backend, &found.name).await,
+        Verb::Addresses => network::addresses(backend).await,
+        Verb::AddAddress => network::add_address(backend, request).await,
+        Verb::RemoveAddress => network::remove_address(backend, &found.name, &request).await,
+        Verb::InternalPorts => ports::answer(backend, request).await,
+        Verb::InternalNetwork => network::facts(backend).await,
         Verb::InternalWrite
         | Verb::InternalBlob
         | Verb::InternalLive

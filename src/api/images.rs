@@ -171,6 +171,7 @@ pub async fn deploy(
         return Err(ApiError::invalid(format!("the path names {app}, the body {}", wish.spec.name)));
     }
     let state = backend.reading().await?.state;
+    super::ports::check(backend, &state, &wish.spec).await?;
     let (images, artifacts) = resolve_images(backend, &state, &mut wish.spec).await?;
     let command = Command::DeployApp { spec: Box::new(wish.spec), artifacts };
     if wish.is_dry_run {

@@ -38,6 +38,13 @@ pub enum Verb {
     InternalLive,
     InternalKey,
     InternalJoin,
+    InternalPorts,
+    InternalNetwork,
+    Network,
+    CheckNetwork,
+    Addresses,
+    AddAddress,
+    RemoveAddress,
 }
 
 /// Who may use a route.
@@ -91,6 +98,11 @@ pub const ROUTES: &[Route] = &[
     route("DELETE", "/v1/images/{image}", Access::Operator, Verb::RemoveImage),
     route("PUT", "/v1/content", Access::Operator, Verb::PutContent),
     route("GET", "/v1/events", Access::Viewer, Verb::Events),
+    route("GET", "/v1/network", Access::Viewer, Verb::Network),
+    route("GET", "/v1/network/check/{service}", Access::Viewer, Verb::CheckNetwork),
+    route("GET", "/v1/addresses", Access::Viewer, Verb::Addresses),
+    route("POST", "/v1/addresses", Access::Operator, Verb::AddAddress),
+    route("DELETE", "/v1/addresses/{address}", Access::Operator, Verb::RemoveAddress),
     route("POST", "/v1/leave", Access::Local, Verb::Leave),
     route("GET", "/v1/openapi.json", Access::Viewer, Verb::OpenApi),
     route("POST", "/internal/write", Access::Node, Verb::InternalWrite),
@@ -98,6 +110,8 @@ pub const ROUTES: &[Route] = &[
     route("GET", "/internal/live", Access::Node, Verb::InternalLive),
     route("PUT", "/internal/cluster-key", Access::Node, Verb::InternalKey),
     route("POST", "/internal/join", Access::Node, Verb::InternalJoin),
+    route("POST", "/internal/ports", Access::Node, Verb::InternalPorts),
+    route("GET", "/internal/network", Access::Node, Verb::InternalNetwork),
 ];
 
 /// What a path named: the route, and what stood for `{…}`.

@@ -267,7 +267,7 @@ fn phase_name(instance: &Instance, live: Option<&LiveInstance>) -> &'static str 
     }
 }
 
-fn port_text(port: &PortSpec) -> String {
+pub fn port_text(port: &PortSpec) -> String {
     let published = port.published.map(|port| port.to_string()).unwrap_or_default();
     let host = port.host_address.map(|address| format!("{address}:")).unwrap_or_default();
     format!("{host}{published}->{}/{}", port.target, port.protocol.name())

@@ -406,6 +406,122 @@ pub struct ContentReply {
     pub digest: Digest,
 }
 
+/// `GET /v1/network[?app=APP]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkBody {
+    #[serde(flatten)]
+    pub freshness: Freshness,
+    /// `10.77.0.0/16`: containers.
+    pub container_range: String,
+    /// `10.78.0.0/16`: services.
+    pub vip_range: String,
+    pub nodes: Vec<NodeNetworkBody>,
+    pub services: Vec<ServiceNetworkBody>,
+    pub addresses: Vec<AddressBody>,
+}
+
+/// What one node alone knows of its network.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeNetworkBody {
+    pub node: String,
+    /// Where its name server listens.
+    pub bridge: String,
+    /// `192.0.2.5/24 eth0`.
+    pub lans: Vec<String>,
+    pub ways: Vec<WayBody>,
+    /// Tracked connections by the address of the container that answers.
+    pub connections: BTreeMap<String, u32>,
+    /// Floating addresses that it holds.
+    pub floating: Vec<String>,
+    pub problems: Vec<NetworkProblemBody>,
+}
+
+/// How a node reaches another one's containers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WayBody {
+    pub node: String,
+    /// `direct` or `vxlan`.
+    pub kind: String,
+    pub address: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkProblemBody {
+    pub text: String,
+    /// What to type or do.
+    pub remedy: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceNetworkBody {
+    pub app: String,
+    pub service: String,
+    pub vip: String,
+    pub networks: Vec<String>,
+    /// `8080->80/tcp`.
+    pub ports: Vec<String>,
+    /// A client stays with one endpoint.
+    pub is_pinned: bool,
+    pub endpoints: Vec<EndpointBody>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndpointBody {
+    pub instance: String,
+    pub node: String,
+    pub address: String,
+    /// `serving`, `down`, `draining`, `starting`, or the phase that keeps it from serving.
+    pub state: String,
+    pub phase: String,
+    /// As its node tracks them; `None` if that node did not say.
+    pub connections: Option<u32>,
+}
+
+/// `GET /v1/network/check/{app/service}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckBody {
+    pub service: String,
+    /// The node that tried.
+    pub from: String,
+    /// The first step that is broken.
+    pub broken: Option<String>,
+    pub steps: Vec<CheckStep>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckStep {
+    /// `name`, `endpoints`, `process`, `port`, `node`.
+    pub step: String,
+    pub is_ok: bool,
+    pub text: String,
+    pub remedy: Option<String>,
+}
+
+/// `GET /v1/addresses`; `DELETE /v1/addresses/{address}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddressesBody {
+    #[serde(flatten)]
+    pub freshness: Freshness,
+    pub addresses: Vec<AddressBody>,
+}
+
+/// An address of the cluster on the LAN.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddressBody {
+    pub address: String,
+    /// Where it is now.
+    pub node: Option<String>,
+    pub since: String,
+    /// Why it is nowhere.
+    pub problem: Option<String>,
+}
+
+/// `POST /v1/addresses`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AddressWish {
+    pub address: String,
+}
+
 /// `GET /v1/events[?follow=true]`: one JSON object a line, oldest first.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EventBody {

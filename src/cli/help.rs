@@ -24,6 +24,8 @@ Cluster
   node         run the daemon; list, drain, label and remove nodes
   user         who may use the cluster from a laptop
   settings     what holds for the whole cluster
+  net          addresses, endpoints, ways between nodes, and what is in the way
+  address      addresses of the cluster on the LAN, which outlive a node
   image        load, list and remove images
   events       what happened
 

@@ -5,10 +5,11 @@
 
 use super::Now;
 use crate::model::{Condition, Mono, Node, NodeId, StartId, Timestamp};
+use crate::planner::addresses::SUSPECTED_AFTER_MS;
 use crate::planner::{Heard, HeardNodes};
 use crate::state::{Command, State};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 const ALIVE_EVERY_MS: u64 = 500;
 /// A node this long silent is lost.
@@ -41,6 +42,8 @@ pub struct Figures {
     pub load_percent: u32,
     pub memory_available_bytes: u64,
     pub is_disk_full: bool,
+    /// Which floating addresses it could hold: a bit for each, in the order of the state.
+    pub holdable: u16,
 }
 
 struct LastHeard {
@@ -133,6 +136,11 @@ impl Liveness {
         }
     }
 
+    /// An own tick came so late that what was not heard says nothing.
+    pub fn was_paused(&self, now: Mono) -> bool {
+        now < self.trusted_from
+    }
+
     /// Whether a member has been heard for at least `ms` without a break, as far as this run knows.
     pub fn is_steady(&self, node: NodeId, now: Mono) -> bool {
         self.heard.get(&node).is_some_and(|last| now.since_ms(last.at) < LOST_AFTER_MS)
@@ -157,6 +165,14 @@ impl Liveness {
                 (*id, heard)
             })
             .collect()
+    }
+
+    /// Nodes that could hold the floating address at this place in the state's order.
+    pub fn holders(&self, index: usize, now: Mono) -> BTreeSet<NodeId> {
+        let can = |last: &LastHeard| {
+            now.since_ms(last.at) < SUSPECTED_AFTER_MS && last.alive.figures.holdable & (1 << index) != 0
+        };
+        self.heard.iter().filter(|(_, last)| can(last)).map(|(id, _)| *id).collect()
     }
 
     pub fn silent_ms(&self, now: Mono) -> BTreeMap<NodeId, u64> {

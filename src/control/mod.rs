@@ -271,6 +271,9 @@ impl Control {
         for command in self.liveness.verdicts(&self.state, now.mono, cluster_time) {
             self.propose_unless_known(now, command);
         }
+        for command in self.address_moves(now.mono) {
+            self.propose_unless_known(now, command);
+        }
         let view = membership::View {
             state: &self.state,
             driver: &self.driver,
@@ -292,6 +295,24 @@ impl Control {
             }
         }
         self.plan_if_due(now, cluster_time);
+    }
+
+    /// Floating addresses whose holder is silent, or that have none.
+    fn address_moves(&self, now: Mono) -> Vec<Command> {
+        if self.liveness.was_paused(now) {
+            return Vec::new();
+        }
+        let rows = self.state.addresses.rows().enumerate();
+        rows.filter_map(|(index, row)| {
+            let stays = |node: &NodeId| {
+                self.state.nodes.find(node).is_some_and(|node| !node.is_drained && !node.is_leaving)
+            };
+            let candidates = self.liveness.holders(index, now).into_iter().filter(stays).collect();
+            let to = planner::addresses::holder(row.address, row.holder, &candidates)?;
+            let command = Command::AssignAddress { address: row.address, epoch: row.epoch, to };
+            (row.holder != Some(to)).then_some(command)
+        })
+        .collect()
     }
 
     fn plan_if_due(&mut self, now: Now, cluster_time: Timestamp) {

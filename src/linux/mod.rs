@@ -7,5 +7,6 @@ pub mod cgroup;
 pub mod clock;
 pub mod mount;
 pub mod netns;
+pub mod packet;
 pub mod process;
 pub mod socket;

@@ -26,6 +26,10 @@ pub const UNWRITTEN_CHANGES_BYTES_MAX: usize = 64 << 10;
 /// Outcomes of writes kept so that a retry gets the first one.
 pub const OUTCOMES_MAX: usize = 4096;
 pub const OUTCOME_AGE_MS_MAX: u64 = 3_600_000;
+/// Of nodes among each other and of clients: never published.
+pub const CLUSTER_PORTS: std::ops::RangeInclusive<u16> = 7400..=7402;
+/// Floating addresses on the LAN.
+pub const ADDRESSES_MAX: usize = 16;
 /// Events kept.
 pub const EVENTS_MAX: usize = 1000;
 /// Writes and reads that wait on one node at a time.

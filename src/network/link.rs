@@ -1,6 +1,6 @@
 //! Links, addresses and routes by rtnetlink.
 
-use super::netlink::{ACK, Batch, CREATE, EXCLUSIVE, REPLACE, Socket};
+use super::netlink::{ACK, Batch, CREATE, DUMP, EXCLUSIVE, REPLACE, Socket, attributes};
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -10,6 +10,9 @@ const DELETE_LINK: u16 = 17;
 const NEW_ADDRESS: u16 = 20;
 const DELETE_ADDRESS: u16 = 21;
 const NEW_ROUTE: u16 = 24;
+const GET_ROUTE: u16 = 26;
+const NEW_NEIGHBOUR: u16 = 28;
+const DELETE_NEIGHBOUR: u16 = 29;
 const DELETE_ROUTE: u16 = 25;
 /// Of struct ifinfomsg.
 const UP: u32 = 1;
@@ -48,6 +51,92 @@ pub fn add_bridge(socket: &Socket, name: &str) -> io::Result<()> {
         batch.text(INFO_KIND, "bridge");
     });
     socket.send(&batch)
+}
+
+/// A tunnel that learns nothing: who is where is written into it.
+pub fn add_vxlan(
+    socket: &Socket,
+    name: &str,
+    id: u32,
+    port: u16,
+    hardware: [u8; 6],
+    mtu: u32,
+) -> io::Result<()> {
+    const ADDRESS: u16 = 1;
+    let mut batch = Batch::new();
+    batch.message(NEW_LINK, ACK | CREATE | EXCLUSIVE, &link_header(0, UP, UP)).text(IFNAME, name);
+    batch.attribute(ADDRESS, &hardware).native(MTU, mtu);
+    batch.nested(LINKINFO, |batch| {
+        batch.text(INFO_KIND, "vxlan").nested(INFO_DATA, |batch| {
+            batch.native(1, id).byte(7, 0).attribute(15, &port.to_be_bytes());
+        });
+    });
+    socket.send(&batch)
+}
+
+/// Family, state and flags of struct ndmsg.
+type Neighbour = (u8, u16, u8);
+const ON_TUNNEL: Neighbour = (libc::AF_BRIDGE as u8, 0x80, 2);
+const ON_NETWORK: Neighbour = (libc::AF_INET as u8, 0x80, 0);
+
+fn neighbour(
+    socket: &Socket,
+    kind: u16,
+    (family, state, flags): Neighbour,
+    index: u32,
+    (address, hardware): (Ipv4Addr, [u8; 6]),
+) -> io::Result<()> {
+    let mut header = vec![family, 0, 0, 0];
+    header.extend(index.to_ne_bytes());
+    header.extend(state.to_ne_bytes());
+    header.extend([flags, 0]);
+    let mut batch = Batch::new();
+    let change = if kind == NEW_NEIGHBOUR { ACK | CREATE | REPLACE } else { ACK };
+    batch.message(kind, change, &header).attribute(1, &address.octets()).attribute(2, &hardware);
+    socket.send(&batch)
+}
+
+/// Who has an address on a link, for good.
+pub fn put_neighbour(socket: &Socket, index: u32, address: Ipv4Addr, hardware: [u8; 6]) -> io::Result<()> {
+    neighbour(socket, NEW_NEIGHBOUR, ON_NETWORK, index, (address, hardware))
+}
+
+pub fn delete_neighbour(socket: &Socket, index: u32, address: Ipv4Addr, hardware: [u8; 6]) -> io::Result<()> {
+    neighbour(socket, DELETE_NEIGHBOUR, ON_NETWORK, index, (address, hardware))
+}
+
+/// Behind which machine a tunnel finds a hardware address.
+pub fn put_forwarding(socket: &Socket, index: u32, hardware: [u8; 6], to: Ipv4Addr) -> io::Result<()> {
+    neighbour(socket, NEW_NEIGHBOUR, ON_TUNNEL, index, (to, hardware))
+}
+
+pub fn delete_forwarding(socket: &Socket, index: u32, hardware: [u8; 6], to: Ipv4Addr) -> io::Result<()> {
+    neighbour(socket, DELETE_NEIGHBOUR, ON_TUNNEL, index, (to, hardware))
+}
+
+/// Routes that tinydc makes: static ones of the main table, by a gateway.
+pub fn routes(socket: &Socket) -> io::Result<Vec<Route>> {
+    let mut batch = Batch::new();
+    batch.message(GET_ROUTE, DUMP, &[libc::AF_INET as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    let mut found = Vec::new();
+    socket.dump(&batch, &mut |body| {
+        let (Some(header), Some(rest)) = (body.get(..12), body.get(12..)) else { return };
+        if header[0] != libc::AF_INET as u8 || header[4] != TABLE_MAIN || header[5] != PROTOCOL_STATIC {
+            return;
+        }
+        let value = |wanted: u16| {
+            let (_, bytes) = attributes(rest).find(|(kind, _)| *kind == wanted)?;
+            <[u8; 4]>::try_from(bytes).ok()
+        };
+        let (Some(to), Some(via)) = (value(1), value(5)) else { return };
+        found.push(Route {
+            to: Some((Ipv4Addr::from(to), header[1])),
+            via: Some(Ipv4Addr::from(via)),
+            link: value(4).map_or(0, u32::from_ne_bytes),
+            is_on_link: false,
+        });
+    })?;
+    Ok(found)
 }
 
 /// A pair of which one end is here, on a bridge if `master` is one, and the other is `eth0` in another namespace.

@@ -8,11 +8,16 @@
 //! not the kernel filters bridged frames, and a container can't send with another's address. The bridge `tdc0` only
 //! holds that address, which is the name server's.
 
+pub mod arp;
 pub mod conntrack;
+pub mod foreign;
 mod hold;
+pub mod lan;
 pub mod link;
+pub mod lookup;
 pub mod netlink;
 mod nft;
+pub mod overlay;
 
 pub use hold::Taken;
 pub use nft::table::{PortKey, PortRow, VipRow, Wanted};
@@ -21,6 +26,7 @@ use crate::linux::netns;
 use hold::Holds;
 use netlink::Socket;
 use nft::{Shape, Table};
+use overlay::{Numbers, Way};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
@@ -73,8 +79,7 @@ pub struct NetworkConfig {
 pub struct Network {
     config: NetworkConfig,
     bridge_address: Ipv4Addr,
-    /// The routes this run has made.
-    routes: Mutex<BTreeMap<u8, Ipv4Addr>>,
+    ways: Mutex<BTreeMap<u8, Way>>,
     table: Mutex<Table>,
     holds: Mutex<Holds>,
 }
@@ -111,13 +116,16 @@ impl Network {
             vips: (config.vip_range, 16),
             own_ports: config.own_ports.clone(),
         };
-        Ok(Network {
+        let network = Network {
             config,
             bridge_address,
-            routes: Mutex::default(),
+            ways: Mutex::default(),
             table: Mutex::new(Table::new(shape)),
             holds: Mutex::default(),
-        })
+        };
+        let found = network.found_ways(&socket).map_err(kernel("list routes"))?;
+        *network.ways.lock().unwrap_or_else(PoisonError::into_inner) = found;
+        Ok(network)
     }
 
     pub fn bridge_address(&self) -> Ipv4Addr {
@@ -222,43 +230,68 @@ impl Network {
         self.holds.lock().unwrap_or_else(PoisonError::into_inner).check(keys)
     }
 
-    /// Replaces the routes to the other nodes' containers: by node number, the node's address on the LAN.
-    pub fn set_routes(&self, wanted: &BTreeMap<u8, Ipv4Addr>) -> Result<(), NetworkError> {
+    /// Brings the ways to the other nodes' containers to what their addresses on the LAN ask for, by node number.
+    pub fn set_peers(&self, wanted: &BTreeMap<u8, Ipv4Addr>) -> Result<(), NetworkError> {
+        let interfaces = lan::interfaces().map_err(kernel("list interfaces"))?;
         let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
-        let mut routes = self.routes.lock().unwrap_or_else(PoisonError::into_inner);
-        for (number, via) in routes.clone() {
+        let numbers = self.numbers();
+        let mut ways = self.ways.lock().unwrap_or_else(PoisonError::into_inner);
+        for (number, way) in ways.clone() {
             if !wanted.contains_key(&number) {
-                // Gone with the link it went by.
-                let _ = link::delete_route(&socket, &self.route(number, via));
-                routes.remove(&number);
+                overlay::drop_way(&socket, &numbers, number, way);
+                ways.remove(&number);
             }
         }
         let mut first_error = None;
-        for (number, via) in wanted {
-            if routes.get(number) == Some(via) {
+        for (number, address) in wanted {
+            let way = Way::choose(*address, &interfaces);
+            let old = ways.get(number).copied();
+            if old == Some(way) {
                 continue;
             }
-            match link::add_route(&socket, &self.route(*number, *via)) {
+            match overlay::set_way(&socket, &numbers, *number, old, way) {
                 Ok(()) => {
-                    routes.insert(*number, *via);
+                    ways.insert(*number, way);
                 }
                 Err(error) => {
-                    first_error =
-                        first_error.or(Some(kernel(format!("route to node {number} by {via}"))(error)))
+                    let step = format!("reach node {number} at {address} ({})", way.name());
+                    first_error = first_error.or(Some(kernel(step)(error)));
                 }
             }
         }
+        let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table
+            .set_peers(&netfilter, wanted.values().copied().collect())
+            .map_err(kernel("tell the table where the nodes are"))?;
         first_error.map_or(Ok(()), Err)
     }
 
-    fn route(&self, number: u8, via: Ipv4Addr) -> link::Route {
-        let [first, second, ..] = self.config.container_range.octets();
-        link::Route {
-            to: Some((Ipv4Addr::new(first, second, number, 0), 24)),
-            via: Some(via),
-            link: 0,
-            is_on_link: false,
-        }
+    /// The ways as they are, by node number.
+    pub fn ways(&self) -> BTreeMap<u8, Way> {
+        self.ways.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn numbers(&self) -> Numbers {
+        Numbers { container_range: self.config.container_range, own: self.config.number }
+    }
+
+    /// Ways that an earlier run has made.
+    fn found_ways(&self, socket: &Socket) -> io::Result<BTreeMap<u8, Way>> {
+        let range = self.config.container_range.octets();
+        let tunnel = link::index_of(overlay::VXLAN).ok();
+        let ways = link::routes(socket)?.into_iter().filter_map(|route| {
+            let (to, length) = route.to?;
+            let [first, second, number, _] = to.octets();
+            let via = route.via?;
+            // Where a tunnel leads is not in the route: it is written anew.
+            let way = match Some(route.link) == tunnel {
+                true => Way::Tunnel { to: Ipv4Addr::UNSPECIFIED },
+                false => Way::Direct { via },
+            };
+            ([first, second] == range[..2] && length == 24).then_some((number, way))
+        });
+        Ok(ways.collect())
     }
 
     /// Namespaces of containers that are not in `keep`.
@@ -277,13 +310,15 @@ impl Network {
     /// Leaves no trace: namespaces, routes, table, bridge.
     pub fn erase(&self) -> Result<(), NetworkError> {
         self.sweep(&BTreeSet::new())?;
-        self.set_routes(&BTreeMap::new())?;
+        self.set_peers(&BTreeMap::new())?;
         set_sysctl(ROUTE_LOCALNET, "0")?;
         let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
         nft::table::delete_table(&netfilter).map_err(kernel("delete the nftables table"))?;
-        if let Ok(index) = link::index_of(BRIDGE) {
-            let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
-            link::delete(&socket, index).map_err(kernel(format!("delete {BRIDGE}")))?;
+        let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
+        for name in [BRIDGE, overlay::VXLAN] {
+            if let Ok(index) = link::index_of(name) {
+                link::delete(&socket, index).map_err(kernel(format!("delete {name}")))?;
+            }
         }
         Ok(())
     }

@@ -4,7 +4,8 @@ use crate::control::Figures;
 use crate::model::{NodeSize, Timestamp};
 use std::fs;
 use std::path::PathBuf;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Kept from containers for tinydc and the system: a tenth of the memory, 96 to 512 MiB.
@@ -64,11 +65,12 @@ pub fn believable_wall(must_have: bool) -> Option<Timestamp> {
 pub struct Gauge {
     data_dir: PathBuf,
     last: Mutex<Option<(Instant, Figures)>>,
+    holdable: Arc<AtomicU16>,
 }
 
 impl Gauge {
-    pub fn new(data_dir: PathBuf) -> Gauge {
-        Gauge { data_dir, last: Mutex::new(None) }
+    pub fn new(data_dir: PathBuf, holdable: Arc<AtomicU16>) -> Gauge {
+        Gauge { data_dir, last: Mutex::new(None), holdable }
     }
 
     pub fn read(&self) -> Figures {
@@ -85,6 +87,7 @@ impl Gauge {
             load_percent: (load * 100.0) as u32,
             memory_available_bytes: meminfo("MemAvailable:").unwrap_or(0),
             is_disk_full: self.is_disk_full(),
+            holdable: self.holdable.load(Ordering::Relaxed),
         };
         *last = Some((Instant::now(), figures));
         figures

@@ -25,6 +25,7 @@ use async_io::Async;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::TcpListener;
 use std::os::unix::net::UnixListener;
+use std::sync::atomic::AtomicU16;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
@@ -46,6 +47,7 @@ struct Run<'a> {
     late: Late,
     server: Arc<OnceLock<Server>>,
     tasks: Vec<Task<()>>,
+    holdable: Arc<AtomicU16>,
     ended: async_channel::Receiver<Ended>,
     end: async_channel::Sender<Ended>,
 }
@@ -131,7 +133,8 @@ impl<'a> Run<'a> {
         let (halt, halted) = async_channel::bounded(1);
         let carrier =
             Carrier { transport: transport.clone(), executor: executor.clone(), late: late.clone(), halt };
-        let replica = start_replica(&data_dir, node, start_id, carrier)?;
+        let holdable = Arc::new(AtomicU16::new(0));
+        let replica = start_replica(&data_dir, node, start_id, carrier, holdable.clone())?;
         // Before anyone is greeted: a greeting without the log's end would look like an old backup.
         if let Some(status) = async_io::block_on(replica.handle().status()) {
             transport.set_position(status.term, status.last_index);
@@ -166,6 +169,7 @@ impl<'a> Run<'a> {
             late,
             server,
             tasks,
+            holdable,
             ended,
             end,
         })
@@ -205,6 +209,7 @@ impl<'a> Run<'a> {
             size: machine::size(),
             software: env!("CARGO_PKG_VERSION").into(),
             broadcast: broadcast(self.transport.clone()),
+            holdable: self.holdable.clone(),
         }));
         let (leave, leaving) = async_channel::bounded(1);
         let api_listen = self.config.api_listen();
@@ -233,7 +238,7 @@ impl<'a> Run<'a> {
         let tcp =
             Async::<TcpListener>::bind(api_listen).with_context(|| format!("listen on TCP {api_listen}"))?;
         self.tasks.push(self.executor.spawn(accept_tls(tcp, https, server, self.executor.clone())));
-        self.tasks.push(self.executor.spawn(keep_routes(
+        self.tasks.push(self.executor.spawn(keep_ways(
             ground,
             self.transport.clone(),
             self.replica.handle().clone(),
@@ -378,9 +383,10 @@ fn start_replica(
     node: NodeId,
     start_id: StartId,
     carrier: Carrier,
+    holdable: Arc<AtomicU16>,
 ) -> Result<Replica> {
     let store = SqliteStore::open(data_dir)?;
-    let gauge = machine::Gauge::new(data_dir.into());
+    let gauge = machine::Gauge::new(data_dir.into(), holdable);
     let is_founding = founding::pending_founding(data_dir).is_some();
     let config = ReplicaConfig {
         control: ControlConfig { node, start_id, seed: start_id.0 as u64 },
@@ -476,7 +482,7 @@ impl EventPump {
                     }
                     Ok(PeerFrame::Alive(alive)) => {
                         if let Some(backend) = self.late.backend.get() {
-                            backend.agent.hear_alive(from);
+                            backend.agent.hear_alive(from, alive.figures.holdable);
                         }
                         self.replica.input_or_drop(Input::Alive { from, alive })
                     }
@@ -560,28 +566,33 @@ async fn keep_members(transport: Transport, replica: Handle, data_dir: std::path
     }
 }
 
-/// Routes to the other nodes' containers follow where those nodes are.
-async fn keep_routes(ground: Ground, transport: Transport, replica: Handle, own: NodeId) {
-    let mut told = None;
+/// Ways to the other nodes' containers follow where those nodes are. A node that is not connected now keeps the way it
+/// had: its containers may serve on without a daemon.
+async fn keep_ways(ground: Ground, transport: Transport, replica: Handle, own: NodeId) {
+    const RENEW_EVERY: Duration = Duration::from_secs(10);
+    let mut known: BTreeMap<NodeId, std::net::Ipv4Addr> = BTreeMap::new();
+    let mut told: Option<(Instant, BTreeMap<u8, std::net::Ipv4Addr>)> = None;
     loop {
         let state = replica.state();
-        let routes: BTreeMap<u8, std::net::Ipv4Addr> = transport
-            .connections()
-            .into_iter()
-            .filter(|(node, _)| *node != own)
-            .filter_map(|(node, connection)| {
-                let number = state.nodes.find(&node)?.number;
-                match connection.address.ip().to_canonical() {
-                    std::net::IpAddr::V4(address) => Some((number, address)),
-                    std::net::IpAddr::V6(_) => None,
-                }
-            })
+        let connected = transport.connections().into_iter().filter(|(node, _)| *node != own);
+        known.extend(connected.filter_map(
+            |(node, connection)| match connection.address.ip().to_canonical() {
+                std::net::IpAddr::V4(address) => Some((node, address)),
+                std::net::IpAddr::V6(_) => None,
+            },
+        ));
+        known.retain(|node, _| state.nodes.contains(node));
+        let peers: BTreeMap<u8, std::net::Ipv4Addr> = known
+            .iter()
+            .filter_map(|(node, address)| Some((state.nodes.find(node)?.number, *address)))
             .collect();
-        if told.as_ref() != Some(&routes) {
-            let (network, wanted) = (ground.network.clone(), routes.clone());
-            match smol::unblock(move || network.set_routes(&wanted)).await {
-                Ok(()) => told = Some(routes),
-                Err(error) => warn!(error = crate::agent::chain(&error), "routes to other nodes"),
+        // Also without news: this node's own interfaces may have changed.
+        let is_due = told.as_ref().is_none_or(|(at, told)| *told != peers || at.elapsed() >= RENEW_EVERY);
+        if is_due {
+            let (network, wanted) = (ground.network.clone(), peers.clone());
+            match smol::unblock(move || network.set_peers(&wanted)).await {
+                Ok(()) => told = Some((Instant::now(), peers)),
+                Err(error) => warn!(error = crate::agent::chain(&error), "ways to other nodes"),
             }
         }
         async_io::Timer::after(Duration::from_millis(500)).await;

@@ -6,6 +6,7 @@
 //!
 //! Invariant: planning the planned state yields nothing (`plan_is_a_fixpoint`).
 
+pub mod addresses;
 mod instances;
 mod placement;
 mod reasons;

@@ -5,7 +5,7 @@
 
 use super::command::{Command, Envelope, Outcome, Rejection, Reply, RequestMark};
 use super::rows::{Event, StoredOutcome};
-use super::{State, deploy, members, plan, report};
+use super::{State, addresses, deploy, members, plan, report};
 use crate::model::limits::{EVENTS_MAX, OUTCOME_AGE_MS_MAX, OUTCOMES_MAX, STATE_BYTES_MAX};
 use crate::model::*;
 
@@ -77,6 +77,9 @@ impl State {
             Command::ScaleServices { app, replicas } => deploy::scale(self, app, replicas),
             Command::RegisterArtifact { artifact } => deploy::register(self, artifact),
             Command::RemoveArtifact { digest } => deploy::remove_artifact(self, digest),
+            Command::AddAddress { address } => addresses::add(self, *address),
+            Command::RemoveAddress { address } => addresses::remove(self, *address),
+            Command::AssignAddress { address, epoch, to } => addresses::assign(self, *address, *epoch, *to),
             Command::Plan { steps } => plan::apply(self, steps),
             Command::Report { node, start_id, report } => report::apply(self, *node, *start_id, report),
         }
@@ -160,5 +163,6 @@ fn may_grow(command: &Command) -> bool {
             | Command::LabelNode { .. }
             | Command::RegisterArtifact { .. }
             | Command::JoinNode { .. }
+            | Command::AddAddress { .. }
     )
 }

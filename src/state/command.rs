@@ -7,6 +7,7 @@ use super::rows::{Cluster, Role, TokenKind};
 use crate::model::*;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 
 /// The format byte before each encoded envelope.
 pub const ENVELOPE_FORMAT: u8 = 1;
@@ -162,6 +163,18 @@ pub enum Command {
     /// Ends a `RemoveNode` once the node has no vote.
     ForgetNode {
         node: NodeId,
+    },
+    AddAddress {
+        address: Ipv4Addr,
+    },
+    RemoveAddress {
+        address: Ipv4Addr,
+    },
+    /// A floating address goes to another node; void unless it is still at this epoch.
+    AssignAddress {
+        address: Ipv4Addr,
+        epoch: u64,
+        to: NodeId,
     },
 }
 

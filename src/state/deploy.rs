@@ -4,7 +4,9 @@ use super::State;
 use super::apply::not_found;
 use super::command::{KeptVolume, Outcome, Rejection, Reply};
 use super::rows::{App, PreviousSpec, Service, Update, Volume, VolumeKey};
-use crate::model::limits::{INSTANCES_MAX, REPLICAS_MAX, SERVICE_SPEC_BYTES_MAX, SERVICES_PER_APP_MAX};
+use crate::model::limits::{
+    CLUSTER_PORTS, INSTANCES_MAX, REPLICAS_MAX, SERVICE_SPEC_BYTES_MAX, SERVICES_PER_APP_MAX,
+};
 use crate::model::*;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -144,6 +146,14 @@ fn check_ports(state: &State, spec: &AppSpec) -> Result<(), Rejection> {
         for port in &service.ports {
             let Some(published) = port.published else { continue };
             let owner = format!("{}/{name}", spec.name);
+            if CLUSTER_PORTS.contains(&published) {
+                let protocol = port.protocol.name().into();
+                return Err(Rejection::PortTaken {
+                    port: published,
+                    protocol,
+                    owner: "tinydc itself".into(),
+                });
+            }
             let clash = owners.iter().find(|((protocol, taken, address), by)| {
                 *protocol == port.protocol
                     && *taken == published

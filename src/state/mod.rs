@@ -8,7 +8,8 @@
 //! Invariants: a rejected command changes nothing (`a_rejected_command_changes_nothing`); applying a log gives
 //! the state that its changed rows give (`changes_rebuild_the_state`).
 
-pub mod apply;
+pub mod addresses;
+mod apply;
 pub mod command;
 mod deploy;
 mod members;
@@ -29,8 +30,8 @@ pub use command::{
     Rejection, Reply, RequestMark,
 };
 pub use rows::{
-    App, Cluster, Counters, Event, Meta, Role, Service, StoredOutcome, Token, TokenKind, Update, User,
-    Volume, VolumeKey,
+    App, Cluster, Counters, Event, FloatingAddress, Meta, Role, Service, StoredOutcome, Token, TokenKind,
+    Update, User, Volume, VolumeKey,
 };
 pub use table::{RowChange, RowError, Table};
 
@@ -38,6 +39,7 @@ use crate::model::{
     AppName, Artifact, Digest, Instance, InstanceId, Node, NodeId, PublicKey, ServiceId, Settings, Timestamp,
     TokenId,
 };
+use std::net::Ipv4Addr;
 
 /// Declares the state's tables once: the struct, and what is done with every table.
 macro_rules! tables {
@@ -95,6 +97,7 @@ tables! {
     12 events: u64 => Event,
     /// Keys of nodes that were removed: their certificates never end, so they are refused by name.
     13 removed_keys: PublicKey => Timestamp,
+    14 addresses: Ipv4Addr => FloatingAddress,
 }
 
 impl State {

@@ -176,6 +176,17 @@ pub struct User {
     pub created_at: Timestamp,
 }
 
+/// An address of the cluster on the LAN, which one node holds at a time.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FloatingAddress {
+    pub address: Ipv4Addr,
+    pub holder: Option<NodeId>,
+    /// Grows with each move.
+    pub epoch: u64,
+    /// Cluster time of the last move.
+    pub since: Timestamp,
+}
+
 /// What a write answered, so that a retry gets the same.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct StoredOutcome {

@@ -14,6 +14,7 @@ mod hostile;
 mod identity;
 mod leftovers;
 mod limits;
+mod network;
 mod people;
 mod registry;
 mod renumber;
@@ -40,6 +41,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     growth::SCENARIOS,
     updates::SCENARIOS,
     crashes::SCENARIOS,
+    network::SCENARIOS,
     faults::SCENARIOS,
     renumber::SCENARIOS,
     identity::SCENARIOS,

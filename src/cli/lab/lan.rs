@@ -9,6 +9,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 const BRIDGE: &str = "lan0";
+const FAR_BRIDGE: &str = "lan1";
 const MTU: u32 = 1500;
 
 pub struct Lan {
@@ -39,17 +40,60 @@ impl Lan {
         Ipv4Addr::new(a, b, c, number)
     }
 
+    /// A second LAN behind a router, which is this LAN's own namespace.
+    pub fn add_far_lan(&self) -> Result<()> {
+        let router = self.far_address(254);
+        netns::in_netns(&self.netns, move || {
+            let socket = Socket::route()?;
+            link::add_bridge(&socket, FAR_BRIDGE)?;
+            link::add_address(&socket, link::index_of(FAR_BRIDGE)?, router, 24)?;
+            std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")
+        })
+        .context("make a second LAN")
+    }
+
+    pub fn far_address(&self, number: u8) -> Ipv4Addr {
+        let [a, b, c] = self.prefix;
+        Ipv4Addr::new(a, b, c + 1, number)
+    }
+
+    /// A machine's way to other LANs.
+    pub fn add_default_route(&self, netns: &Path, router: Ipv4Addr) -> Result<()> {
+        netns::in_netns(netns, move || {
+            let socket = Socket::route()?;
+            let route = link::Route { to: None, via: Some(router), link: 0, is_on_link: false };
+            link::add_route(&socket, &route)
+        })
+        .with_context(|| format!("route by {router}"))
+    }
+
     /// A machine's namespace with `eth0` on the LAN.
     pub fn add_machine(&self, name: &str, number: u8) -> Result<PathBuf> {
+        self.add_machine_on(BRIDGE, name, number, self.address(number))
+    }
+
+    /// The same on the LAN behind the router.
+    pub fn add_far_machine(&self, name: &str, number: u8) -> Result<PathBuf> {
+        let path = self.add_machine_on(FAR_BRIDGE, name, number, self.far_address(number))?;
+        self.add_default_route(&path, self.far_address(254))?;
+        Ok(path)
+    }
+
+    fn add_machine_on(
+        &self,
+        bridge: &'static str,
+        name: &str,
+        number: u8,
+        address: Ipv4Addr,
+    ) -> Result<PathBuf> {
         let path = self.folder.join(name);
         netns::create(&path).with_context(|| format!("make the namespace of {name}"))?;
         let machine = File::open(&path)?;
         netns::in_netns(&self.netns, || {
             let socket = Socket::route()?;
-            link::add_veth(&socket, &port(number), Some(link::index_of(BRIDGE)?), MTU, machine.as_fd())
+            link::add_veth(&socket, &port(number), Some(link::index_of(bridge)?), MTU, machine.as_fd())
         })
         .with_context(|| format!("connect {name} to the LAN"))?;
-        let address = self.address(number);
         netns::in_netns(&path, move || {
             let socket = Socket::route()?;
             link::set_up(&socket, link::index_of("lo")?)?;

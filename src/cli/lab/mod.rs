@@ -86,6 +86,25 @@ impl Lab {
         let name = format!("pi{number}");
         let address = self.lan.address(number);
         let netns = self.lan.add_machine(&name, number)?;
+        self.push_node(number, name, address, netns)
+    }
+
+    /// One more machine on a LAN of its own behind a router, switched off.
+    pub fn add_far_node(&mut self) -> Result<&mut Node> {
+        let number = self.nodes.len() as u8 + 1;
+        let name = format!("pi{number}");
+        let address = self.lan.far_address(number);
+        let netns = self.lan.add_far_machine(&name, number)?;
+        self.push_node(number, name, address, netns)
+    }
+
+    fn push_node(
+        &mut self,
+        number: u8,
+        name: String,
+        address: Ipv4Addr,
+        netns: PathBuf,
+    ) -> Result<&mut Node> {
         let dir = self.dir.join(&name);
         fs::create_dir_all(&dir)?;
         let node = Node {

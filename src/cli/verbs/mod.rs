@@ -9,6 +9,7 @@ mod events;
 mod exec;
 mod image;
 mod logs;
+mod network;
 mod node;
 mod people;
 mod remove;
@@ -31,6 +32,7 @@ pub struct Command {
 #[derive(FromArgs)]
 #[argh(subcommand)]
 pub enum Verb {
+    Address(network::Address),
     Context(context::Context),
     Demo(demo::Demo),
     Deploy(deploy::Deploy),
@@ -43,6 +45,7 @@ pub enum Verb {
     Leave(cluster::Leave),
     Logs(logs::Logs),
     Ls(apps::Ls),
+    Net(network::Net),
     Node(node::Node),
     Ps(apps::Ps),
     Rm(remove::Remove),
@@ -67,6 +70,8 @@ impl Verb {
 
 pub async fn run(session: &Session, verb: Verb) -> anyhow::Result<()> {
     match verb {
+        Verb::Address(verb) => verb.run(session).await,
+        Verb::Net(verb) => verb.run(session).await,
         Verb::Context(verb) => verb.run(session).await,
         Verb::Demo(verb) => verb.run(),
         Verb::Deploy(verb) => verb.run(session).await,

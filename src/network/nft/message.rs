@@ -147,6 +147,13 @@ impl Expressions<'_> {
         })
     }
 
+    pub fn is_not_in_set(&mut self, set: &str, key: u32) -> &mut Self {
+        const INVERTED: u32 = 1;
+        self.add("lookup", |b| {
+            b.text(1, set).big(2, key).big(5, INVERTED);
+        })
+    }
+
     pub fn is_in_set(&mut self, set: &str, key: u32) -> &mut Self {
         self.add("lookup", |b| {
             b.text(1, set).big(2, key);
@@ -170,13 +177,32 @@ impl Expressions<'_> {
         self.add("masq", |_| {})
     }
 
+    /// The first packet of a connection.
+    pub fn is_new(&mut self) -> &mut Self {
+        const STATE: u32 = 0;
+        const NEW: u32 = 8;
+        self.add("ct", |b| {
+            b.big(2, STATE).big(1, 8);
+        });
+        self.mask(8, &NEW.to_ne_bytes());
+        self.compare(8, false, &[0; 4])
+    }
+
+    pub fn was_not_dnat(&mut self) -> &mut Self {
+        self.has_dnat_status(false)
+    }
+
     pub fn was_dnat(&mut self) -> &mut Self {
+        self.has_dnat_status(true)
+    }
+
+    fn has_dnat_status(&mut self, has: bool) -> &mut Self {
         const STATUS_DNAT: u32 = 0x20;
         self.add("ct", |b| {
             b.big(2, 2).big(1, 8);
         });
         self.mask(8, &STATUS_DNAT.to_ne_bytes());
-        self.compare(8, false, &[0; 4])
+        self.compare(8, !has, &[0; 4])
     }
 
     /// The address that the connection was opened to, before it was translated.

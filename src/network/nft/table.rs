@@ -7,6 +7,7 @@
 //! map class  { ipv4_addr : mark }     container → the class of those in the same networks
 //! set reach  { mark . ipv4_addr }     class . container it may reach
 //! set inner  { ipv4_addr }            containers without a way out
+//! set peers  { ipv4_addr }            the other nodes on the LAN
 //! set local  { ipv4_addr . ipv4_addr } containers here, twice: for traffic that comes back to its sender
 //! set held, held_at { … inet_proto . inet_service }   published ports: nobody else answers on them
 //! ```
@@ -82,13 +83,15 @@ pub struct Wanted {
 pub struct Table {
     shape: Shape,
     applied: Option<Wanted>,
+    /// The nodes' own addresses on the LAN.
+    peers: BTreeSet<Ipv4Addr>,
     /// The kernel can hash; without it pinned services are balanced as the others are.
     has_hash: bool,
 }
 
 impl Table {
     pub fn new(shape: Shape) -> Table {
-        Table { shape, applied: None, has_hash: true }
+        Table { shape, applied: None, peers: BTreeSet::new(), has_hash: true }
     }
 
     /// Brings the kernel's table to `wanted`.
@@ -114,6 +117,20 @@ impl Table {
         Ok(())
     }
 
+    /// Tells where the other nodes are: from there containers may be reached as from inside.
+    pub fn set_peers(&mut self, socket: &Socket, peers: BTreeSet<Ipv4Addr>) -> io::Result<()> {
+        if self.applied.is_some() && peers != self.peers {
+            let mut change = Transaction::new();
+            put_set(&mut change, "peers", &self.peers, &peers, |address| address.octets().to_vec());
+            if change.commit(socket).is_err() {
+                // Made anew with the next change.
+                self.applied = None;
+            }
+        }
+        self.peers = peers;
+        Ok(())
+    }
+
     fn replace(&self, socket: &Socket, wanted: &Wanted) -> io::Result<()> {
         let mut all = Transaction::new();
         all.message(NEW_TABLE, super::super::netlink::CREATE);
@@ -125,6 +142,7 @@ impl Table {
         self.make_isolation(&mut all);
         self.make_filters(&mut all);
         put_changes(&mut all, &Wanted::default(), wanted);
+        put_set(&mut all, "peers", &BTreeSet::new(), &self.peers, |address| address.octets().to_vec());
         all.commit(socket)
     }
 
@@ -259,6 +277,11 @@ impl Table {
         all.rule("forward", |rule| {
             rule.destination_in(shape.vips, true).jump("refuse");
         });
+        // From outside containers are reached by published ports only, not by whoever knows a route.
+        all.rule("forward", |rule| {
+            rule.destination_in(shape.cluster, true).source_in(shape.cluster, false);
+            rule.source(8).is_not_in_set("peers", 8).is_new().was_not_dnat().jump("refuse");
+        });
         all.base_chain("output", "filter", 3, 0);
         all.rule("output", |rule| {
             rule.destination_in(shape.vips, true).jump("refuse");
@@ -317,6 +340,7 @@ fn make_sets(all: &mut Transaction) {
     all.map("class", &[TYPE_ADDRESS], &[TYPE_MARK]);
     all.set("reach", &[TYPE_MARK, TYPE_ADDRESS]);
     all.set("inner", &[TYPE_ADDRESS]);
+    all.set("peers", &[TYPE_ADDRESS]);
     all.set("local", &[TYPE_ADDRESS, TYPE_ADDRESS]);
     all.set("held", &[TYPE_PROTOCOL, TYPE_SERVICE]);
     all.set("held_at", &[TYPE_ADDRESS, TYPE_PROTOCOL, TYPE_SERVICE]);

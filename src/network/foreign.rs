@@ -1,0 +1,107 @@
+//! What others have set on this machine that keeps traffic from containers: named, with the line that cures it.
+
+use super::lan::{self, Interface};
+use super::netlink::{Batch, DUMP, Socket, attributes};
+use super::nft::table::TABLE;
+use std::io;
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+const SUBSYSTEM: u16 = 10 << 8;
+const GET_CHAIN: u16 = SUBSYSTEM | 4;
+const FORWARD_HOOK: u32 = 2;
+const DROP: u32 = 0;
+const FAMILY_INET: u8 = 1;
+const FAMILY_IPV4: u8 = 2;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Obstacle {
+    pub text: String,
+    pub remedy: String,
+}
+
+/// A chain at the forward hook that drops what no rule of it takes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct DroppingChain {
+    family: u8,
+    table: String,
+    name: String,
+}
+
+pub fn obstacles(container_range: Ipv4Addr, vip_range: Ipv4Addr) -> Vec<Obstacle> {
+    // Without netfilter there is nothing to be in the way.
+    let chains = dropping_chains().unwrap_or_default();
+    let mut found: Vec<Obstacle> = chains.iter().map(|chain| explain(chain, container_range)).collect();
+    let interfaces = lan::interfaces().unwrap_or_default();
+    for (range, what) in [(container_range, "containers"), (vip_range, "services")] {
+        found.extend(interfaces.iter().filter(|one| overlaps(one, range)).map(|one| Obstacle {
+            text: format!(
+                "{} has {}/{}, which overlaps the range of {what}, {range}/16",
+                one.name, one.address, one.prefix_length
+            ),
+            remedy: "give that network another range at the router; the cluster's ranges are fixed at `tinydc init`"
+                .into(),
+        }));
+    }
+    found
+}
+
+fn overlaps(interface: &Interface, range: Ipv4Addr) -> bool {
+    let whole =
+        Interface { address: range, prefix_length: interface.prefix_length.min(16), ..interface.clone() };
+    whole.contains(interface.address)
+}
+
+fn dropping_chains() -> io::Result<Vec<DroppingChain>> {
+    let socket = Socket::netfilter()?;
+    let mut batch = Batch::new();
+    batch.message(GET_CHAIN, DUMP, &[0, 0, 0, 0]);
+    let mut found = Vec::new();
+    socket.dump(&batch, &mut |body| {
+        let Some((family, rest)) = body.first().zip(body.get(4..)) else { return };
+        found.extend(dropping_chain(*family, rest));
+    })?;
+    Ok(found)
+}
+
+fn dropping_chain(family: u8, body: &[u8]) -> Option<DroppingChain> {
+    let value = |wanted: u16| attributes(body).find(|(kind, _)| *kind == wanted).map(|(_, bytes)| bytes);
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned();
+    let number = |bytes: &[u8]| Some(u32::from_be_bytes(bytes.try_into().ok()?));
+    let hook = attributes(value(4)?).find(|(kind, _)| *kind == 1).and_then(|(_, bytes)| number(bytes))?;
+    let chain = DroppingChain { family, table: text(value(1)?), name: text(value(3)?) };
+    let is_in_the_way = hook == FORWARD_HOOK
+        && number(value(5)?)? == DROP
+        && matches!(family, FAMILY_INET | FAMILY_IPV4)
+        && chain.table != TABLE;
+    is_in_the_way.then_some(chain)
+}
+
+fn explain(chain: &DroppingChain, range: Ipv4Addr) -> Obstacle {
+    let DroppingChain { family, table, name } = chain;
+    let whose = if Path::new("/run/docker.pid").exists() || Path::new("/var/run/docker.sock").exists() {
+        " (Docker's)"
+    } else if Path::new("/etc/ufw/ufw.conf").exists() {
+        " (ufw's, most likely)"
+    } else {
+        ""
+    };
+    let is_iptables = *family == FAMILY_IPV4 && table == "filter" && name == "FORWARD";
+    let remedy = match (is_iptables, whose) {
+        (true, " (ufw's, most likely)") => {
+            format!("ufw route allow from {range}/16 && ufw route allow to {range}/16")
+        }
+        (true, _) => format!(
+            "iptables -I FORWARD -s {range}/16 -j ACCEPT && iptables -I FORWARD -d {range}/16 -j ACCEPT"
+        ),
+        (false, _) => {
+            let family = if *family == FAMILY_INET { "inet" } else { "ip" };
+            format!(
+                "nft insert rule {family} {table} {name} ip saddr {range}/16 accept && nft insert rule {family} \
+                 {table} {name} ip daddr {range}/16 accept"
+            )
+        }
+    };
+    let text = format!("the chain {name} of the table {table}{whose} drops what is forwarded to containers");
+    Obstacle { text, remedy }
+}

@@ -1,0 +1,168 @@
+//! Ways to the other nodes' containers: straight over a LAN that both are on, else in a VXLAN tunnel.
+//!
+//! Input: by node number, each node's address on the LAN. Output: a route each. A tunnel has no learning and no
+//! broadcast: who is where is written into it. Both ways are always received, so that two nodes need not change at the
+//! same moment.
+
+use super::lan::{self, Interface};
+use super::link::{self, Route};
+use super::netlink::Socket;
+use std::collections::BTreeMap;
+use std::io;
+use std::net::Ipv4Addr;
+
+pub const VXLAN: &str = "tdx0";
+pub const VXLAN_PORT: u16 = 7401;
+const VXLAN_ID: u32 = 7401;
+/// Outer Ethernet, IPv4, UDP and VXLAN headers.
+const VXLAN_OVERHEAD: u32 = 50;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Way {
+    /// The node's address is on a network of this node.
+    Direct { via: Ipv4Addr },
+    /// Behind a router.
+    Tunnel { to: Ipv4Addr },
+}
+
+impl Way {
+    pub fn choose(address: Ipv4Addr, interfaces: &[Interface]) -> Way {
+        match lan::interface_for(address, interfaces) {
+            Some(_) => Way::Direct { via: address },
+            None => Way::Tunnel { to: address },
+        }
+    }
+
+    pub fn name(&self) -> &'static str {
+        match self {
+            Way::Direct { .. } => "direct",
+            Way::Tunnel { .. } => "vxlan",
+        }
+    }
+
+    pub fn address(&self) -> Ipv4Addr {
+        match self {
+            Way::Direct { via } => *via,
+            Way::Tunnel { to } => *to,
+        }
+    }
+}
+
+/// Who is where in the cluster's ranges.
+#[derive(Clone, Copy, Debug)]
+pub struct Numbers {
+    /// A /16, of which each node has the /24 of its number.
+    pub container_range: Ipv4Addr,
+    pub own: u8,
+}
+
+impl Numbers {
+    /// A node's /24; its first address names the node itself in the tunnel.
+    pub fn network(&self, number: u8) -> Ipv4Addr {
+        let [first, second, ..] = self.container_range.octets();
+        Ipv4Addr::new(first, second, number, 0)
+    }
+
+    /// Locally administered, the same for a node at each start.
+    fn hardware(&self, number: u8) -> [u8; 6] {
+        let [first, second, ..] = self.container_range.octets();
+        [0x02, 0x7d, 0xc0, first, second, number]
+    }
+}
+
+/// Brings one node's route to `way`, from what it was.
+pub fn set_way(socket: &Socket, numbers: &Numbers, number: u8, old: Option<Way>, way: Way) -> io::Result<()> {
+    let network = numbers.network(number);
+    match way {
+        Way::Direct { via } => {
+            let route = Route { to: Some((network, 24)), via: Some(via), link: 0, is_on_link: false };
+            link::add_route(socket, &route)?;
+        }
+        Way::Tunnel { to } => {
+            let index = tunnel(socket, numbers)?;
+            link::put_neighbour(socket, index, network, numbers.hardware(number))?;
+            link::put_forwarding(socket, index, numbers.hardware(number), to)?;
+            let route = Route { to: Some((network, 24)), via: Some(network), link: index, is_on_link: true };
+            link::add_route(socket, &route)?;
+        }
+    }
+    if let Some(Way::Tunnel { to }) = old.filter(|old| *old != way) {
+        let stays = matches!(way, Way::Tunnel { to: new } if new == to);
+        if !stays {
+            forget_tunnel(socket, numbers, number, to, matches!(way, Way::Direct { .. }));
+        }
+    }
+    Ok(())
+}
+
+fn forget_tunnel(socket: &Socket, numbers: &Numbers, number: u8, to: Ipv4Addr, is_left: bool) {
+    let Ok(index) = link::index_of(VXLAN) else { return };
+    // What is not there need not be taken away.
+    let _ = link::delete_forwarding(socket, index, numbers.hardware(number), to);
+    if is_left {
+        let _ = link::delete_neighbour(socket, index, numbers.network(number), numbers.hardware(number));
+    }
+}
+
+pub fn drop_way(socket: &Socket, numbers: &Numbers, number: u8, way: Way) {
+    let network = numbers.network(number);
+    let (via, is_on_link) = match way {
+        Way::Direct { via } => (via, false),
+        Way::Tunnel { .. } => (network, true),
+    };
+    let link = match is_on_link {
+        true => link::index_of(VXLAN).unwrap_or(0),
+        false => 0,
+    };
+    // Gone with the link it went by.
+    let _ = link::delete_route(socket, &Route { to: Some((network, 24)), via: Some(via), link, is_on_link });
+    if let Way::Tunnel { to } = way {
+        forget_tunnel(socket, numbers, number, to, true);
+    }
+}
+
+/// The tunnel's link, made when it is first needed.
+fn tunnel(socket: &Socket, numbers: &Numbers) -> io::Result<u32> {
+    if let Ok(index) = link::index_of(VXLAN) {
+        return Ok(index);
+    }
+    let mtu = lan_mtu() - VXLAN_OVERHEAD;
+    link::add_vxlan(socket, VXLAN, VXLAN_ID, VXLAN_PORT, numbers.hardware(numbers.own), mtu)?;
+    let index = link::index_of(VXLAN)?;
+    link::add_address(socket, index, numbers.network(numbers.own), 32)?;
+    Ok(index)
+}
+
+/// Of the narrowest LAN.
+fn lan_mtu() -> u32 {
+    const USUAL: u32 = 1500;
+    let names: BTreeMap<String, ()> =
+        lan::interfaces().unwrap_or_default().into_iter().map(|interface| (interface.name, ())).collect();
+    let mtu = |name: &String| {
+        std::fs::read_to_string(format!("/sys/class/net/{name}/mtu")).ok()?.trim().parse::<u32>().ok()
+    };
+    names.keys().filter_map(mtu).min().unwrap_or(USUAL).clamp(576, USUAL)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_node_on_the_same_lan_is_reached_directly_and_any_other_in_a_tunnel() {
+        let lan = Interface {
+            name: "eth0".into(),
+            index: 2,
+            hardware: [0; 6],
+            address: Ipv4Addr::new(192, 168, 1, 5),
+            prefix_length: 24,
+        };
+        let near = Ipv4Addr::new(192, 168, 1, 9);
+        let far = Ipv4Addr::new(192, 168, 2, 9);
+        assert_eq!(Way::choose(near, std::slice::from_ref(&lan)), Way::Direct { via: near });
+        assert_eq!(Way::choose(far, std::slice::from_ref(&lan)), Way::Tunnel { to: far });
+        // An address without a network, as a floating one is, makes no neighbours.
+        let single = Interface { prefix_length: 32, address: far, ..lan };
+        assert_eq!(Way::choose(far, &[single]), Way::Tunnel { to: far });
+    }
+}

@@ -1,0 +1,536 @@
+//! One address per service, ports on every node, who may reach whom, addresses on the LAN, and how fast it follows.
+
+use super::Scenario;
+use super::stage::{IMAGE, Stage, http_here, until, web};
+use super::watcher::Watcher;
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+use tinydc::linux::netns;
+
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "virtual-address",
+        proves: "a service's address is kept over redeploys, balances evenly over both nodes, also for the instance itself, \
+                 pins clients that ask for it, and refuses at once when nothing is behind it; nft decodes the table",
+        machines: 3,
+        run: virtual_address,
+    },
+    Scenario {
+        name: "published-ports",
+        proves: "a published port answers on every node and its loopback; the client's address survives where an instance \
+                 runs; a port that a host program or another app has is refused with its name",
+        machines: 3,
+        run: published_ports,
+    },
+    Scenario {
+        name: "isolation",
+        proves: "containers that share no network can't reach each other, on one node and across nodes; a shared network \
+                 joins two apps; an internal one has no way out",
+        machines: 3,
+        run: isolation,
+    },
+    Scenario {
+        name: "endpoint-death",
+        proves: "at 1,000 requests/s over four instances of which one is killed every second, requests fail only if begun \
+                 within 100 ms of a death or in flight, and none waits over 1 s",
+        machines: 3,
+        run: endpoint_death,
+    },
+    Scenario {
+        name: "dead-node-endpoints",
+        proves: "without a leader a silent node's endpoints are subtracted everywhere, and the rest serves on",
+        machines: 3,
+        run: dead_node_endpoints,
+    },
+    Scenario {
+        name: "floating-address",
+        proves: "an address on the LAN is held by one node, moves when that node dies, and a rolling kill of every node \
+                 leaves gaps of at most 3 s; one that another machine has is refused",
+        machines: 3,
+        run: floating_address,
+    },
+    Scenario {
+        name: "two-lans",
+        proves: "a node behind a router is reached through VXLAN with the right MTU: by service address, by port, with \
+                 large transfers; and over the LAN once it moves there",
+        machines: 2,
+        run: two_lans,
+    },
+];
+
+/// What `GET /v1/network` says of a service.
+fn service(stage: &Stage, index: usize, app: &str, name: &str) -> Result<Value> {
+    let body = stage.lab.nodes[index].get(&format!("/v1/network?app={app}"))?;
+    let services = body["services"].as_array().cloned().unwrap_or_default();
+    services
+        .into_iter()
+        .find(|one| one["service"] == name)
+        .with_context(|| format!("no service {app}/{name}"))
+}
+
+fn vip(stage: &Stage, index: usize, app: &str, name: &str) -> Result<Ipv4Addr> {
+    let body = service(stage, index, app, name)?;
+    Ok(body["vip"].as_str().context("a service has an address")?.parse()?)
+}
+
+/// The namespace and the address of each container of a service.
+fn containers(stage: &Stage, app: &str, name: &str) -> Result<Vec<(PathBuf, Ipv4Addr)>> {
+    let rows = stage.rows(stage.running()?, app)?;
+    let body = service(stage, stage.running()?, app, name)?;
+    let mut found = Vec::new();
+    for row in rows.iter().filter(|row| row.is_up() && row.name.starts_with(&format!("{app}/{name}."))) {
+        let node = stage.lab.node(&row.node)?;
+        let endpoints = body["endpoints"].as_array().cloned().unwrap_or_default();
+        let address = endpoints.iter().find(|one| one["instance"] == row.name.as_str());
+        let address =
+            address.and_then(|one| one["address"].as_str()).context("an endpoint has an address")?;
+        found.push((node.data_dir().join("run/netns").join(&row.id), address.parse()?));
+    }
+    Ok(found)
+}
+
+fn ask_from(netns: &std::path::Path, address: impl Into<SocketAddr>) -> std::io::Result<String> {
+    let address = address.into();
+    netns::in_netns(netns, move || http_here(address))
+}
+
+/// How often each text was answered.
+fn tally(netns: &std::path::Path, address: SocketAddr, count: usize) -> Result<BTreeMap<String, usize>> {
+    let texts = netns::in_netns(netns, move || {
+        (0..count).map(|_| http_here(address)).collect::<std::io::Result<Vec<String>>>()
+    });
+    let mut tally = BTreeMap::new();
+    for text in texts.with_context(|| format!("ask {address}"))? {
+        *tally.entry(text).or_default() += 1;
+    }
+    Ok(tally)
+}
+
+/// A service that says which instance answers.
+fn named(service: &str, replicas: u32, more: &str) -> String {
+    format!(
+        "  {service}:\n    image: {IMAGE}\n    entrypoint: [sh, -c, \"export NAME=$$(cat /etc/hostname); exec serve\"]\n    \
+         stop_grace_period: 1s\n    deploy: {{replicas: {replicas}}}\n{more}"
+    )
+}
+
+fn virtual_address(stage: &mut Stage) -> Result<()> {
+    stage.form(3)?;
+    let pinned = "    x-tinydc: {affinity: client}\n";
+    let yaml =
+        format!("services:\n{}{}{}", named("web", 2, ""), named("sticky", 2, pinned), named("ask", 1, ""));
+    stage.deploy(0, "shop", &yaml)?;
+    let address = vip(stage, 0, "shop", "web")?;
+    let (client, _) = containers(stage, "shop", "ask")?.into_iter().next().context("ask runs")?;
+    let shares = tally(&client, (address, 8080).into(), 200)?;
+    ensure!(shares.len() == 2 && shares.values().all(|count| *count >= 70), "uneven: {shares:?}");
+    stage.remark(format!(
+        "200 connections to the service's address: {:?}",
+        shares.values().collect::<Vec<_>>()
+    ));
+    for (container, _) in containers(stage, "shop", "web")? {
+        let shares = tally(&container, (address, 8080).into(), 40)?;
+        ensure!(shares.len() == 2, "an instance reaches its own service, itself included: {shares:?}");
+    }
+    let sticky = vip(stage, 0, "shop", "sticky")?;
+    let shares = tally(&client, (sticky, 8080).into(), 40)?;
+    ensure!(shares.len() == 1, "a pinned client stays: {shares:?}");
+
+    stage.deploy(1, "shop", &yaml.replace("stop_grace_period: 1s", "stop_grace_period: 2s"))?;
+    ensure!(vip(stage, 1, "shop", "web")? == address, "the address is kept when the service changes");
+    let (client, _) = containers(stage, "shop", "ask")?.into_iter().next().context("ask runs")?;
+    stage.cli(0, &["scale", "shop/web=0"])?;
+    until("nothing is behind the address", Duration::from_secs(10), || {
+        Ok(ask_from(&client, (address, 8080)).is_err())
+    })?;
+    let begin = Instant::now();
+    let refused = ask_from(&client, (address, 8080)).err().context("nothing answers")?;
+    ensure!(refused.kind() == std::io::ErrorKind::ConnectionRefused, "refused, not {refused}");
+    ensure!(begin.elapsed() < Duration::from_millis(100), "at once, not after {:?}", begin.elapsed());
+    let listed =
+        stage.lab.nodes[0].inside(|| std::process::Command::new("nft").args(["list", "ruleset"]).output())?;
+    ensure!(listed.status.success(), "nft decodes the table: {}", String::from_utf8_lossy(&listed.stderr));
+    let text = String::from_utf8_lossy(&listed.stdout).into_owned();
+    ensure!(text.contains("table ip tinydc") && text.contains("map vip"), "{text}");
+    let shown = stage.cli(2, &["net"])?;
+    ensure!(shown.contains("shop/sticky") && shown.contains(&sticky.to_string()), "{shown}");
+    Ok(())
+}
+
+fn published_ports(stage: &mut Stage) -> Result<()> {
+    stage.form(3)?;
+    let peer = "      - {target: 8081, published: 8081}\n";
+    let yaml = format!(
+        "services:\n  web:\n    image: {IMAGE}\n    environment: {{NAME: one}}\n    stop_grace_period: 1s\n    \
+         ports:\n      - \"8080:8080\"\n{peer}"
+    );
+    stage.deploy(0, "shop", &yaml)?;
+    for node in &stage.lab.nodes {
+        let address = node.address;
+        stage.wait_http(address, 8080, "hello from one", Duration::from_secs(5))?;
+        let on_loopback = node.inside(|| http_here((Ipv4Addr::LOCALHOST, 8080).into()))?;
+        ensure!(on_loopback.contains("hello from one"), "{} on loopback: {on_loopback}", node.name);
+        // Published, but nobody listens on it in the container.
+        let begin = Instant::now();
+        ensure!(stage.http(address, 8081).is_err() && begin.elapsed() < Duration::from_millis(300));
+    }
+    client_address_survives(stage)?;
+    let other = yaml.replace("8081", "8082");
+    let path = stage.write_compose("other", &other)?.display().to_string();
+    let refused = stage.cli_refused(1, &["deploy", "-f", &path, "--name", "other"], 1)?;
+    ensure!(refused.contains("8080") && refused.contains("shop/web"), "{refused}");
+    // A program of the host's own.
+    let mut host = stage.lab.nodes[1]
+        .inside(|| std::process::Command::new("/bin/busybox").args(["httpd", "-f", "-p", "2222"]).spawn())?;
+    let taken = other.replace("8080:8080", "2222:8080");
+    let path = stage.write_compose("other", &taken)?.display().to_string();
+    let outcome = until("the port is seen as taken", Duration::from_secs(5), || {
+        let output = stage.try_cli(0, &["deploy", "-f", &path, "--name", "other", "-d"])?;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        if output.status.success() {
+            stage.cli(0, &["rm", "other"])?;
+        }
+        Ok(text.contains("port 2222 is taken by busybox on pi2") && text.contains("192.0.2.10:2222:8080"))
+    });
+    host.kill()?;
+    host.wait()?;
+    outcome
+}
+
+/// Where an instance runs it sees the client itself.
+fn client_address_survives(stage: &Stage) -> Result<()> {
+    let (netns, _) = containers(stage, "shop", "web")?.into_iter().next().context("web runs")?;
+    let node = stage.rows(0, "shop")?.first().map(|row| row.node.clone()).context("web runs")?;
+    let address = stage.lab.node(&node)?.address;
+    let listener = netns::in_netns(&netns, || std::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, 8081)))?;
+    let client = netns::in_netns(&stage.lab.lan.netns, move || {
+        std::net::TcpStream::connect_timeout(&(address, 8081).into(), Duration::from_secs(2))
+    })?;
+    let (_, seen) = listener.accept()?;
+    ensure!(seen == client.local_addr()?, "the container saw {seen}, the client is {}", client.local_addr()?);
+    Ok(())
+}
+
+fn isolation(stage: &mut Stage) -> Result<()> {
+    stage.form(3)?;
+    let networks = "networks:\n  front:\n  back: {internal: true}\n  proxy: {external: true}\n";
+    let yaml = format!(
+        "services:\n{}{}{}{networks}",
+        named("web", 3, "    networks: [front, proxy]\n"),
+        named("db", 3, "    networks: [back]\n"),
+        named("api", 1, "    networks: [front, back]\n"),
+    );
+    stage.deploy(0, "shop", &yaml)?;
+    let other = format!(
+        "services:\n{}{}networks:\n  proxy: {{external: true}}\n",
+        named("edge", 1, "    networks: [proxy]\n"),
+        named("alone", 1, ""),
+    );
+    stage.deploy(1, "other", &other)?;
+    let first = |app: &str, name: &str| -> Result<(PathBuf, Ipv4Addr)> {
+        containers(stage, app, name)?.into_iter().next().with_context(|| format!("{app}/{name} runs"))
+    };
+    let (api, _) = first("shop", "api")?;
+    let (web, _) = first("shop", "web")?;
+    let (db, _) = first("shop", "db")?;
+    let (edge, _) = first("other", "edge")?;
+    let (alone, _) = first("other", "alone")?;
+    let reaches = |from: &PathBuf, app: &str, name: &str| -> Result<BTreeSet<bool>> {
+        let mut found: BTreeSet<bool> = containers(stage, app, name)?
+            .into_iter()
+            .map(|(_, address)| ask_from(from, (address, 8080)).is_ok())
+            .collect();
+        found.insert(ask_from(from, (vip(stage, 0, app, name)?, 8080)).is_ok());
+        Ok(found)
+    };
+    // Each asks all instances of the other, which lie on all three nodes, and its address.
+    let cases = [
+        (&api, "shop", "web", true),
+        (&api, "shop", "db", true),
+        (&web, "shop", "db", false),
+        (&db, "shop", "web", false),
+        (&edge, "shop", "web", true),
+        (&edge, "shop", "db", false),
+        (&alone, "shop", "web", false),
+        (&alone, "other", "edge", false),
+        (&web, "other", "edge", true),
+    ];
+    for (from, app, name, may) in cases {
+        let found = reaches(from, app, name)?;
+        ensure!(found == BTreeSet::from([may]), "{} → {app}/{name}: {found:?}, not {may}", from.display());
+    }
+    way_out(stage, &web, &db)
+}
+
+fn way_out(stage: &Stage, web: &PathBuf, db: &PathBuf) -> Result<()> {
+    let outside = stage.lab.lan.address(254);
+    let listener =
+        netns::in_netns(&stage.lab.lan.netns, || std::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, 9999)))?;
+    let connect = |netns: &PathBuf| {
+        netns::in_netns(netns, move || {
+            std::net::TcpStream::connect_timeout(&(outside, 9999).into(), Duration::from_secs(1))
+        })
+    };
+    ensure!(connect(web).is_ok(), "a container reaches the LAN");
+    ensure!(connect(db).is_err(), "an internal network has no way out");
+    drop(listener);
+    // Somebody on the LAN who knows a route still reaches only what is published.
+    let node = &stage.lab.nodes[0];
+    let address = containers(stage, "shop", "web")?;
+    let local = address.iter().find(|(path, _)| path.starts_with(&node.dir)).map(|(_, address)| *address);
+    let Some(target) = local else { return Ok(()) };
+    let via = node.address;
+    netns::in_netns(&stage.lab.lan.netns, move || {
+        let socket = tinydc::network::netlink::Socket::route()?;
+        let route = tinydc::network::link::Route {
+            to: Some((target, 32)),
+            via: Some(via),
+            link: 0,
+            is_on_link: false,
+        };
+        tinydc::network::link::add_route(&socket, &route)
+    })?;
+    ensure!(stage.http(target, 8080).is_err(), "a container is not reached past its ports");
+    Ok(())
+}
+
+/// Begun at, took, and why it failed.
+struct Request {
+    begun: Instant,
+    took: Duration,
+    error: Option<String>,
+}
+
+/// Asks at a fixed rate from several threads inside one namespace, a connection each, until told to stop.
+fn load(
+    netns: PathBuf,
+    address: SocketAddr,
+    per_second: u32,
+    stop: Arc<AtomicBool>,
+) -> thread::JoinHandle<Vec<Request>> {
+    const THREADS: u32 = 20;
+    thread::spawn(move || {
+        let next = Arc::new(AtomicU64::new(0));
+        let begin = Instant::now();
+        let workers: Vec<_> = (0..THREADS)
+            .map(|_| {
+                let (netns, next, stop) = (netns.clone(), next.clone(), stop.clone());
+                thread::spawn(move || {
+                    let work = move || {
+                        let mut done = Vec::new();
+                        while !stop.load(Ordering::Relaxed) {
+                            let turn = next.fetch_add(1, Ordering::Relaxed);
+                            let due = begin + Duration::from_secs_f64(turn as f64 / f64::from(per_second));
+                            thread::sleep(due.saturating_duration_since(Instant::now()));
+                            let begun = Instant::now();
+                            let error = http_here(address).err().map(|error| error.to_string());
+                            done.push(Request { begun, took: begun.elapsed(), error });
+                        }
+                        Ok(done)
+                    };
+                    netns::in_netns(&netns, work).unwrap_or_default()
+                })
+            })
+            .collect();
+        workers.into_iter().flat_map(|worker| worker.join().unwrap_or_default()).collect()
+    })
+}
+
+fn endpoint_death(stage: &mut Stage) -> Result<()> {
+    stage.form(3)?;
+    let health = "    healthcheck: {test: [CMD, wget, -q, -O, /dev/null, \"http://127.0.0.1:8080/\"], interval: 1s, retries: 1}\n";
+    let yaml = format!("services:\n{}{}", named("web", 4, health), named("ask", 1, ""));
+    stage.deploy(0, "shop", &yaml)?;
+    let address = vip(stage, 0, "shop", "web")?;
+    let (client, _) = containers(stage, "shop", "ask")?.into_iter().next().context("ask runs")?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let running = load(client, (address, 8080).into(), 1_000, stop.clone());
+    let mut deaths = Vec::new();
+    for round in 0..8u32 {
+        thread::sleep(Duration::from_secs(1));
+        let wanted = format!("shop/web.{}", round % 4 + 1);
+        let victim = stage.pids(0, "shop")?.get(&wanted).copied();
+        if let Some(pid) = victim {
+            deaths.push(Instant::now());
+            stage.kill_process(pid)?;
+        }
+    }
+    thread::sleep(Duration::from_secs(1));
+    stop.store(true, Ordering::Relaxed);
+    let requests = running.join().map_err(|_| anyhow::anyhow!("the load panicked"))?;
+    ensure!(deaths.len() >= 6, "instances came back to be killed again: {} deaths", deaths.len());
+    let failed: Vec<&Request> = requests.iter().filter(|request| request.error.is_some()).collect();
+    let excused = |request: &Request| {
+        deaths.iter().any(|death| {
+            let end = request.begun + request.took;
+            request.begun <= *death + Duration::from_millis(100) && end >= *death
+        })
+    };
+    let unexcused: Vec<&&Request> = failed.iter().filter(|request| !excused(request)).collect();
+    let slowest = requests.iter().map(|request| request.took).max().unwrap_or_default();
+    stage.remark(format!(
+        "{} requests, {} deaths: {} failed within 100 ms of a death, {} otherwise; slowest {} ms",
+        requests.len(),
+        deaths.len(),
+        failed.len() - unexcused.len(),
+        unexcused.len(),
+        slowest.as_millis()
+    ));
+    ensure!(requests.len() >= 5_000, "the load was carried: {} requests", requests.len());
+    let why: BTreeSet<&String> = unexcused.iter().filter_map(|request| request.error.as_ref()).collect();
+    ensure!(unexcused.is_empty(), "failed without a death near: {why:?}");
+    ensure!(slowest < Duration::from_secs(1), "one waited {slowest:?}");
+    Ok(())
+}
+
+fn dead_node_endpoints(stage: &mut Stage) -> Result<()> {
+    stage.form(3)?;
+    stage.deploy(0, "shop", &web(8080, 3, "a"))?;
+    stage.wait_up(0, "shop", 3, Duration::from_secs(10))?;
+    let address = vip(stage, 0, "shop", "web")?;
+    // Two of three die: no quorum is left, and nobody can write down that they are gone.
+    let leader = stage.lab.leader()?;
+    let stays = (leader + 1) % 3;
+    let begin = Instant::now();
+    for index in 0..3 {
+        if index != stays {
+            stage.lab.kill_node(index)?;
+        }
+    }
+    let node = &stage.lab.nodes[stays];
+    until("every connection is answered", Duration::from_secs(6), || {
+        let all = node.inside(|| {
+            (0..20).map(|_| http_here((address, 8080).into())).collect::<std::io::Result<Vec<_>>>()
+        });
+        Ok(all.is_ok())
+    })?;
+    stage.note("two nodes and the quorum lost → the address is answered by the rest", begin);
+    ensure!(begin.elapsed() < Duration::from_millis(5_500), "took {:?}", begin.elapsed());
+    Ok(())
+}
+
+fn floating_address(stage: &mut Stage) -> Result<()> {
+    stage.form(3)?;
+    stage.deploy(0, "shop", &web(8080, 3, "a"))?;
+    let address = stage.lab.lan.address(100);
+    let taken = stage.lab.lan.address(254);
+    let refused = stage.cli_refused(0, &["address", "add", &taken.to_string()], 1)?;
+    ensure!(refused.contains("another machine"), "{refused}");
+    let refused = stage.cli_refused(0, &["address", "add", "192.0.2.9"], 1)?;
+    ensure!(refused.contains("no node's LAN"), "{refused}");
+    let begin = Instant::now();
+    stage.cli(0, &["address", "add", &address.to_string()])?;
+    stage.wait_http(address, 8080, "hello from a", Duration::from_secs(5))?;
+    stage.note("added → answers", begin);
+    for _ in 0..3 {
+        let name = holder(stage, address)?;
+        let index =
+            stage.lab.nodes.iter().position(|node| node.name == name).context("the holder is a node")?;
+        let watcher = Watcher::start(stage, vec![address], 8080)?;
+        thread::sleep(Duration::from_millis(300));
+        stage.lab.kill_node(index)?;
+        until("another node holds it", Duration::from_secs(10), || Ok(holder(stage, address)? != name))?;
+        thread::sleep(Duration::from_millis(1_500));
+        let seen = watcher.stop()?;
+        stage.remark(format!("{name} killed: longest gap {} ms", seen.longest_gap.as_millis()));
+        ensure!(seen.longest_gap <= Duration::from_secs(3), "{name}: {seen:?}");
+        let number = stage.lab.nodes[index].number;
+        stage.lab.lan.mend(number)?;
+        stage.lab.nodes[index].start()?;
+        stage.lab.nodes[stage.running()?].wait("all are up", Duration::from_secs(30), |node| {
+            let nodes = node.get("/v1/nodes")?;
+            Ok(nodes["nodes"].as_array().is_some_and(|all| all.iter().all(|one| one["state"] == "up")))
+        })?;
+        stage.wait_up(index, "shop", 3, Duration::from_secs(20))?;
+    }
+    stage.cli(0, &["address", "rm", &address.to_string()])?;
+    until("nobody answers any more", Duration::from_secs(3), || Ok(stage.http(address, 8080).is_err()))
+}
+
+/// Which machine has the address on its interface.
+fn holder(stage: &Stage, address: Ipv4Addr) -> Result<String> {
+    for node in stage.lab.nodes.iter().filter(|node| node.is_running()) {
+        let has = node.inside(|| {
+            let mut all = tinydc::network::lan::interfaces()?.into_iter();
+            Ok(all.any(|one| one.address == address))
+        })?;
+        if has {
+            return Ok(node.name.clone());
+        }
+    }
+    anyhow::bail!("nobody holds {address}")
+}
+
+fn two_lans(stage: &mut Stage) -> Result<()> {
+    stage.lab.lan.add_far_lan()?;
+    let router = stage.lab.lan.address(254);
+    for node in &stage.lab.nodes {
+        stage.lab.lan.add_default_route(&node.netns, router)?;
+    }
+    stage.lab.add_far_node()?;
+    stage.form(3)?;
+    let yaml = format!(
+        "services:\n{}{}",
+        named("web", 3, "    ports: [\"8080:8080\"]\n"),
+        named("ask", 3, "").replace("{replicas: 3}", "{mode: global}")
+    );
+    stage.deploy(0, "shop", &yaml)?;
+    let ways = stage.lab.nodes[0].get("/v1/network")?;
+    let text = ways["nodes"].to_string();
+    ensure!(text.contains("vxlan") && text.contains("direct"), "{text}");
+    let address = vip(stage, 0, "shop", "web")?;
+    for (client, _) in containers(stage, "shop", "ask")? {
+        let shares = tally(&client, (address, 8080).into(), 60)?;
+        ensure!(shares.len() == 3, "{}: all three are reached: {shares:?}", client.display());
+    }
+    for node in &stage.lab.nodes {
+        stage.wait_http(node.address, 8080, "hello from", Duration::from_secs(5))?;
+    }
+    let (near, near_address) = on_node(stage, "pi1")?;
+    let (far, _) = on_node(stage, "pi3")?;
+    let megabytes = transfer(&near, near_address, &far)?;
+    stage.remark(format!("one stream through the tunnel: {megabytes:.0} MB/s"));
+    Ok(())
+}
+
+fn on_node(stage: &Stage, node: &str) -> Result<(PathBuf, Ipv4Addr)> {
+    let dir = stage.lab.node(node)?.dir.clone();
+    let all = containers(stage, "shop", "web")?;
+    all.into_iter().find(|(path, _)| path.starts_with(&dir)).with_context(|| format!("web runs on {node}"))
+}
+
+/// Sends 64 MiB from one container to another: full segments must find their way.
+fn transfer(server: &PathBuf, address: Ipv4Addr, client: &PathBuf) -> Result<f64> {
+    use std::io::{Read, Write};
+    const BYTES: usize = 64 << 20;
+    let listener = netns::in_netns(server, || std::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, 9000)))?;
+    let reader = thread::spawn(move || -> std::io::Result<usize> {
+        let (mut stream, _) = listener.accept()?;
+        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        let (mut buffer, mut total) = (vec![0; 1 << 20], 0);
+        loop {
+            match stream.read(&mut buffer)? {
+                0 => return Ok(total),
+                length => total += length,
+            }
+        }
+    });
+    let begin = Instant::now();
+    netns::in_netns(client, move || {
+        let mut stream =
+            std::net::TcpStream::connect_timeout(&(address, 9000).into(), Duration::from_secs(2))?;
+        stream.set_write_timeout(Some(Duration::from_secs(10)))?;
+        let piece = vec![7; 1 << 20];
+        (0..BYTES >> 20).try_for_each(|_| stream.write_all(&piece))
+    })?;
+    let total = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
+    ensure!(total == BYTES, "{total} of {BYTES} bytes arrived");
+    Ok(BYTES as f64 / 1e6 / begin.elapsed().as_secs_f64())
+}
