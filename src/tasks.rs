@@ -69,9 +69,14 @@ impl TaskGroup {
     }
 
     pub async fn stop(&self) {
+        self.halt();
+        let _ = self.ended.recv().await;
+    }
+
+    /// Begins what `stop` waits for.
+    pub fn halt(&self) {
         lock(&self.alive).take();
         self.stop.close();
-        let _ = self.ended.recv().await;
     }
 
     /// How many there are.

@@ -6,6 +6,7 @@
 //! A container has a /32 and a default route `onlink` by the bridge: with a plain /24 traffic between containers of
 //! one node would bypass connection tracking.
 
+pub mod dns;
 pub mod link;
 pub mod netlink;
 mod nft;
