@@ -7,6 +7,7 @@
 pub mod model;
 // layer 1
 pub mod linux;
+pub mod tasks;
 pub mod telemetry;
 // layer 2
 pub mod compose;

@@ -107,7 +107,9 @@ impl Keeper {
             if can_hold && stays {
                 candidates.insert(self.node);
             }
-            if holder(row.address, row.holder, &candidates) == Some(self.node) {
+            // The first holder is the leader's choice: nobody else knows whom all can hear.
+            let is_mine = || holder(row.address, row.holder, &candidates) == Some(self.node);
+            if row.holder.is_some() && is_mine() {
                 wanted.insert(row.address);
             }
         }

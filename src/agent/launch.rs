@@ -287,7 +287,11 @@ impl Ground {
         let name = spec.hostname.clone().unwrap_or_else(|| hostname(service, instance));
         let hosts =
             format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{address}\t{name}\n");
-        let files = [("hosts", hosts), ("hostname", format!("{name}\n")), ("resolv.conf", resolv_conf())];
+        let files = [
+            ("hosts", hosts),
+            ("hostname", format!("{name}\n")),
+            ("resolv.conf", resolv_conf(self.network.bridge_address())),
+        ];
         for (file, text) in files {
             let path = folder.join(file);
             // Unchanged files cost no write: a restart must not wear a card.
@@ -307,17 +311,9 @@ fn hostname(service: &Service, instance: &Instance) -> String {
     format!("{name}-{}", instance.slot)
 }
 
-/// The host's servers that a container can reach: a loopback address of the host is not one of them.
-fn resolv_conf() -> String {
-    let text = fs::read_to_string("/etc/resolv.conf").unwrap_or_default();
-    let lines: Vec<&str> = text
-        .lines()
-        .filter(|line| match line.trim().strip_prefix("nameserver") {
-            Some(server) => !server.trim().starts_with("127.") && server.trim() != "::1",
-            None => line.trim_start().starts_with("search") || line.trim_start().starts_with("options"),
-        })
-        .collect();
-    lines.join("\n") + "\n"
+/// The node's own name server. A name is asked for as it is: there is no search list, and none is needed.
+fn resolv_conf(server: std::net::Ipv4Addr) -> String {
+    format!("nameserver {server}\noptions ndots:0\n")
 }
 
 /// The file in a folder that holds just one.

@@ -5,16 +5,20 @@
 //! reset, and this node's own hints. Nothing of it waits for a leader or a disk.
 
 use super::hints::SILENT_AFTER;
+use super::names;
 use super::reconcile::{Local, Presence};
 use super::wiring::{self, View, Wiring};
 use super::worker::{Shared, chain};
 use crate::model::*;
+use crate::network::dns::{DnsConfig, DnsServer, UpstreamSource, Zone};
 use crate::network::{Network, Taken};
 use crate::replica::{EndpointHint, Handle, PeerFrame};
 use crate::state::State;
 use crate::verdict::Verdict;
+use async_executor::Executor;
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tracing::{info, warn};
@@ -28,6 +32,9 @@ const REPEAT_EMPTY_FOR: Duration = Duration::from_secs(3);
 const LATE: Duration = Duration::from_millis(1_000);
 /// Without a change the kernel's table is looked after this often: somebody may have flushed it.
 const RENEW_EVERY: Duration = Duration::from_secs(30);
+const NAME_PORT: u16 = 53;
+/// A name server whose port is taken is tried again.
+const NAMES_AGAIN: Duration = Duration::from_secs(10);
 
 /// Sends a frame to every peer at once.
 pub type Broadcast = Arc<dyn Fn(Vec<u8>) + Send + Sync>;
@@ -39,6 +46,8 @@ pub struct NetworkView {
     pub taken: Vec<Taken>,
     /// Why the kernel's table is not as it should be.
     pub error: Option<String>,
+    /// Why containers have no name server.
+    pub names_problem: Option<String>,
 }
 
 pub struct Mesh {
@@ -47,6 +56,7 @@ pub struct Mesh {
     pub replica: Handle,
     pub(super) shared: Arc<Shared>,
     pub broadcast: Broadcast,
+    pub executor: Arc<Executor<'static>>,
 }
 
 /// What the last round came to: nothing is done twice.
@@ -64,6 +74,7 @@ impl Mesh {
     pub async fn run(self) {
         let watch = self.replica.published().watch();
         let mut last = Last::default();
+        let mut names = NameServer::new(&self);
         let mut came_round = Instant::now();
         loop {
             let now = Instant::now();
@@ -73,7 +84,8 @@ impl Mesh {
             came_round = now;
             let state = self.replica.state();
             self.tell_own(&state, &mut last, now);
-            self.follow(state, &mut last, now).await;
+            names.keep(&self, now);
+            self.follow(state, &mut last, &names, now).await;
             let wake = futures_lite::future::or(
                 async {
                     self.shared.hints.woken().await;
@@ -107,7 +119,7 @@ impl Mesh {
         }
     }
 
-    async fn follow(&self, state: Arc<State>, last: &mut Last, now: Instant) {
+    async fn follow(&self, state: Arc<State>, last: &mut Last, names: &NameServer, now: Instant) {
         let hints = &self.shared.hints;
         let mut down = hints.down();
         down.extend(last.own_down.iter().map(|instance| (self.node, *instance)));
@@ -116,11 +128,12 @@ impl Mesh {
             Arc::ptr_eq(old_state, &state) && *old_down == down && *old_silent == silent
         });
         let is_due = last.applied_at.is_none_or(|at| now.duration_since(at) >= RENEW_EVERY);
-        if is_same && !is_due {
+        if is_same && !is_due && !names.is_new() {
             return;
         }
         let view = View { state: &state, own: self.node, down: &down, silent: &silent };
         let wiring = wiring::plan(&view);
+        names.tell(&view, self.shared.ground.network.bridge_address());
         let before = self.shared.network_view();
         if before.wiring != wiring || before.error.is_some() || is_due {
             let is_first = last.applied_at.is_none();
@@ -169,6 +182,61 @@ impl Mesh {
     }
 }
 
+/// This node's name server, started when its port is to be had.
+struct NameServer {
+    server: Option<DnsServer>,
+    tried_at: Option<Instant>,
+    has_zone: AtomicBool,
+}
+
+impl NameServer {
+    fn new(mesh: &Mesh) -> NameServer {
+        let mut names = NameServer { server: None, tried_at: None, has_zone: AtomicBool::new(false) };
+        names.keep(mesh, Instant::now());
+        names
+    }
+
+    fn keep(&mut self, mesh: &Mesh, now: Instant) {
+        let is_due = self.tried_at.is_none_or(|at| now.duration_since(at) >= NAMES_AGAIN);
+        if self.server.is_some() || !is_due {
+            return;
+        }
+        let is_first = self.tried_at.is_none();
+        self.tried_at = Some(now);
+        let listen = SocketAddrV4::new(mesh.shared.ground.network.bridge_address(), NAME_PORT);
+        let upstreams = UpstreamSource::ResolvConf("/etc/resolv.conf".into());
+        match DnsServer::start(DnsConfig { listen, upstreams }, &mesh.executor) {
+            Ok(server) => {
+                info!(%listen, "name server listens");
+                self.server = Some(server);
+                self.has_zone.store(false, Ordering::Relaxed);
+                mesh.shared.set_names_problem(None);
+            }
+            Err(error) => {
+                let text = chain(&error);
+                if is_first {
+                    warn!(error = text, "containers have no name server");
+                }
+                mesh.shared.set_names_problem(Some(text));
+            }
+        }
+    }
+
+    /// It has been started and knows nothing yet.
+    fn is_new(&self) -> bool {
+        self.server.is_some() && !self.has_zone.load(Ordering::Relaxed)
+    }
+
+    fn tell(&self, view: &View<'_>, bridge: Ipv4Addr) {
+        if let Some(server) = &self.server {
+            let table = names::table(view, bridge);
+            if !self.has_zone.swap(true, Ordering::Relaxed) || *server.zone().table() != table {
+                server.set_zone(Zone::new(table));
+            }
+        }
+    }
+}
+
 /// Endpoints that died while no daemon looked: connections to them still hang.
 fn dead_since_last_run(network: &Network, alive: &BTreeSet<Ipv4Addr>) -> Vec<Ipv4Addr> {
     let counts: BTreeMap<Ipv4Addr, u32> = network.connection_counts().unwrap_or_default();
@@ -195,6 +263,10 @@ fn own_down(state: &State, own: NodeId, locals: &BTreeMap<InstanceId, Local>) ->
 impl Shared {
     pub(super) fn network_view(&self) -> NetworkView {
         self.network_view.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set_names_problem(&self, problem: Option<String>) {
+        self.network_view.lock().unwrap_or_else(PoisonError::into_inner).names_problem = problem;
     }
 
     fn set_network_view(&self, view: NetworkView) {

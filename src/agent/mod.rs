@@ -12,6 +12,7 @@ mod health;
 mod hints;
 pub mod launch;
 mod mesh;
+mod names;
 mod reconcile;
 mod report;
 mod restart;

@@ -28,18 +28,21 @@ pub struct Wiring {
 }
 
 /// An instance that has an address.
-struct Placed<'a> {
-    instance: &'a Instance,
-    service: &'a Service,
-    spec: &'a ServiceSpec,
-    address: Ipv4Addr,
-    is_alive: bool,
-    is_endpoint: bool,
+pub(super) struct Placed<'a> {
+    pub instance: &'a Instance,
+    pub service: &'a Service,
+    pub spec: &'a ServiceSpec,
+    pub address: Ipv4Addr,
+    pub is_alive: bool,
+    pub is_endpoint: bool,
+}
+
+pub(super) fn placed<'a>(view: &View<'a>) -> Vec<Placed<'a>> {
+    view.state.instances.rows().filter_map(|instance| place(view, instance)).collect()
 }
 
 pub fn plan(view: &View<'_>) -> Wiring {
-    let placed: Vec<Placed<'_>> =
-        view.state.instances.rows().filter_map(|instance| place(view, instance)).collect();
+    let placed = placed(view);
     let mut wanted = Wanted {
         vips: vips(view.state, &placed),
         ports: ports(view, &placed),

@@ -248,6 +248,7 @@ impl Worker {
             replica: self.config.replica.clone(),
             shared: self.shared.clone(),
             broadcast: self.config.broadcast.clone(),
+            executor: self.config.executor.clone(),
         };
         let keeper = Keeper {
             node: self.config.node,

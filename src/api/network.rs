@@ -47,6 +47,10 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
         .into_iter()
         .map(|obstacle| NetworkProblemBody { text: obstacle.text, remedy: Some(obstacle.remedy) })
         .collect();
+    problems.extend(view.names_problem.map(|text| NetworkProblemBody {
+        text: format!("containers have no name server: {text}"),
+        remedy: Some("find who has port 53: ss -lnup 'sport = :53'".into()),
+    }));
     problems.extend(view.error.map(|text| NetworkProblemBody { text, remedy: None }));
     problems.extend(view.taken.iter().map(|taken| NetworkProblemBody {
         text: format!(

@@ -58,11 +58,20 @@ pub async fn check(backend: &Arc<Backend>, state: &State, spec: &AppSpec) -> Res
     }
     match found.iter().find_map(|(node, taken)| Some((node, taken.first()?))) {
         None => Ok(()),
-        Some((node, taken)) => Err(refusal(&state.node_name(*node), taken)),
+        Some((node, taken)) => Err(refusal(&state.node_name(*node), taken, target_of(spec, &taken.key))),
     }
 }
 
-fn refusal(node: &str, taken: &Taken) -> ApiError {
+/// The port in the container that stands behind a published one.
+fn target_of(spec: &AppSpec, key: &PortKey) -> u16 {
+    let ports = spec.services.values().flat_map(|service| &service.ports);
+    let found = ports
+        .filter(|port| port.protocol == key.protocol)
+        .find(|port| port.published == Some(key.port) && port.host_address == key.host_address);
+    found.map_or(key.port, |port| port.target)
+}
+
+fn refusal(node: &str, taken: &Taken, target: u16) -> ApiError {
     let (port, by) = (taken.key.port, taken.by.as_deref().unwrap_or("another program"));
     let protocol = match taken.key.protocol {
         Protocol::Tcp => String::new(),
@@ -70,7 +79,7 @@ fn refusal(node: &str, taken: &Taken) -> ApiError {
     };
     let message = format!("port {port}{protocol} is taken by {by} on {node}");
     ApiError::new(StatusCode::CONFLICT, "port_taken", message)
-        .hint(format!("publish another, or at one address only: ports: 192.0.2.10:{port}:{port}{protocol}"))
+        .hint(format!("publish another, or at one address only: ports: 192.0.2.10:{port}:{target}{protocol}"))
 }
 
 /// Ports that the app does not have yet.

@@ -10,6 +10,7 @@
 
 pub mod arp;
 pub mod conntrack;
+pub mod dns;
 pub mod foreign;
 mod hold;
 pub mod lan;
