@@ -1,7 +1,6 @@
 //! The interfaces of this node that lead to its LANs.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::io;
 use std::net::Ipv4Addr;
 
@@ -27,36 +26,35 @@ pub fn is_own(name: &str) -> bool {
     name.starts_with("tdv-") || name == super::BRIDGE || name == super::overlay::VXLAN
 }
 
-/// All addresses that are not loopback's or tinydc's own.
+/// All addresses that are not loopback's or tinydc's own. Asked of the kernel by system calls: `/sys` may show another
+/// network namespace than this process is in.
 pub fn interfaces() -> io::Result<Vec<Interface>> {
-    let mut hardware: BTreeMap<String, [u8; 6]> = BTreeMap::new();
+    let entries: Vec<nix::ifaddrs::InterfaceAddress> = nix::ifaddrs::getifaddrs()?
+        .filter(|entry| entry.interface_name != "lo" && !is_own(&entry.interface_name))
+        .collect();
+    let hardware: BTreeMap<&str, [u8; 6]> = entries
+        .iter()
+        .filter_map(|entry| {
+            let address = entry.address.as_ref()?.as_link_addr()?.addr()?;
+            Some((entry.interface_name.as_str(), address))
+        })
+        .collect();
     let mut found = Vec::new();
-    for entry in nix::ifaddrs::getifaddrs()? {
-        let name = entry.interface_name.clone();
-        if name == "lo" || is_own(&name) {
-            continue;
-        }
-        let ipv4 = |address: Option<nix::sys::socket::SockaddrStorage>| {
-            address.and_then(|address| address.as_sockaddr_in().map(|address| address.ip()))
+    for entry in &entries {
+        let ipv4 = |address: &Option<nix::sys::socket::SockaddrStorage>| {
+            address.as_ref().and_then(|address| address.as_sockaddr_in().map(|address| address.ip()))
         };
-        let (Some(address), Some(mask)) = (ipv4(entry.address), ipv4(entry.netmask)) else { continue };
-        let mac =
-            *hardware.entry(name.clone()).or_insert_with(|| hardware_address(&name).unwrap_or_default());
-        let index = nix::net::if_::if_nametoindex(name.as_str())?;
-        let prefix_length = u32::from(mask).count_ones() as u8;
-        found.push(Interface { name, index, hardware: mac, address, prefix_length });
+        let (Some(address), Some(mask)) = (ipv4(&entry.address), ipv4(&entry.netmask)) else { continue };
+        let name = entry.interface_name.clone();
+        found.push(Interface {
+            index: nix::net::if_::if_nametoindex(name.as_str())?,
+            hardware: hardware.get(name.as_str()).copied().unwrap_or_default(),
+            address,
+            prefix_length: u32::from(mask).count_ones() as u8,
+            name,
+        });
     }
     Ok(found)
-}
-
-fn hardware_address(name: &str) -> Option<[u8; 6]> {
-    let text = fs::read_to_string(format!("/sys/class/net/{name}/address")).ok()?;
-    let mut bytes = text.trim().split(':').map(|byte| u8::from_str_radix(byte, 16));
-    let mut address = [0; 6];
-    for byte in &mut address {
-        *byte = bytes.next()?.ok()?;
-    }
-    Some(address)
 }
 
 /// The interface whose network an address belongs to; one that is a single address has no network.

@@ -1,12 +1,14 @@
 //! Links, addresses and routes by rtnetlink.
 
 use super::netlink::{ACK, Batch, CREATE, DUMP, EXCLUSIVE, REPLACE, Socket, attributes};
+use std::collections::BTreeMap;
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 const NEW_LINK: u16 = 16;
 const DELETE_LINK: u16 = 17;
+const GET_LINK: u16 = 18;
 const NEW_ADDRESS: u16 = 20;
 const DELETE_ADDRESS: u16 = 21;
 const NEW_ROUTE: u16 = 24;
@@ -112,6 +114,20 @@ pub fn put_forwarding(socket: &Socket, index: u32, hardware: [u8; 6], to: Ipv4Ad
 
 pub fn delete_forwarding(socket: &Socket, index: u32, hardware: [u8; 6], to: Ipv4Addr) -> io::Result<()> {
     neighbour(socket, DELETE_NEIGHBOUR, ON_TUNNEL, index, (to, hardware))
+}
+
+/// How long packets may be, by a link's index.
+pub fn mtus(socket: &Socket) -> io::Result<BTreeMap<u32, u32>> {
+    let mut batch = Batch::new();
+    batch.message(GET_LINK, DUMP, &link_header(0, 0, 0));
+    let mut found = BTreeMap::new();
+    socket.dump(&batch, &mut |body| {
+        let number = |bytes: &[u8]| Some(u32::from_ne_bytes(bytes.try_into().ok()?));
+        let index = body.get(4..8).and_then(number);
+        let mtu = attributes(body.get(16..).unwrap_or_default()).find(|(kind, _)| *kind == MTU);
+        found.extend(index.zip(mtu.and_then(|(_, bytes)| number(bytes))));
+    })?;
+    Ok(found)
 }
 
 /// Routes that tinydc makes: static ones of the main table, by a gateway.

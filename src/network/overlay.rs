@@ -7,7 +7,7 @@
 use super::lan::{self, Interface};
 use super::link::{self, Route};
 use super::netlink::Socket;
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::io;
 use std::net::Ipv4Addr;
 
@@ -126,7 +126,7 @@ fn tunnel(socket: &Socket, numbers: &Numbers) -> io::Result<u32> {
     if let Ok(index) = link::index_of(VXLAN) {
         return Ok(index);
     }
-    let mtu = lan_mtu() - VXLAN_OVERHEAD;
+    let mtu = lan_mtu(socket) - VXLAN_OVERHEAD;
     link::add_vxlan(socket, VXLAN, VXLAN_ID, VXLAN_PORT, numbers.hardware(numbers.own), mtu)?;
     let index = link::index_of(VXLAN)?;
     link::add_address(socket, index, numbers.network(numbers.own), 32)?;
@@ -134,14 +134,13 @@ fn tunnel(socket: &Socket, numbers: &Numbers) -> io::Result<u32> {
 }
 
 /// Of the narrowest LAN.
-fn lan_mtu() -> u32 {
+fn lan_mtu(socket: &Socket) -> u32 {
     const USUAL: u32 = 1500;
-    let names: BTreeMap<String, ()> =
-        lan::interfaces().unwrap_or_default().into_iter().map(|interface| (interface.name, ())).collect();
-    let mtu = |name: &String| {
-        std::fs::read_to_string(format!("/sys/class/net/{name}/mtu")).ok()?.trim().parse::<u32>().ok()
-    };
-    names.keys().filter_map(mtu).min().unwrap_or(USUAL).clamp(576, USUAL)
+    let lans: BTreeSet<u32> =
+        lan::interfaces().unwrap_or_default().iter().map(|interface| interface.index).collect();
+    let mtus = link::mtus(socket).unwrap_or_default();
+    let narrowest = mtus.iter().filter(|(index, _)| lans.contains(index)).map(|(_, mtu)| *mtu).min();
+    narrowest.unwrap_or(USUAL).clamp(576, USUAL)
 }
 
 #[cfg(test)]

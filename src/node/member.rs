@@ -126,7 +126,12 @@ impl<'a> Run<'a> {
         let gate = Arc::new(Gate { late: late.clone(), origin, heard: Mutex::default() });
         let transport_config = transport_config(config, executor, &identity, start_id);
         let (transport, events) = Transport::start(transport_config, gate.clone().into_authorise())?;
-        for (member, known) in founding::first_members(&data_dir) {
+        // Known before they are hinted at: what a stranger's address is said to be goes unheard.
+        let first = founding::first_members(&data_dir);
+        if !first.is_empty() {
+            transport.set_members(first.iter().map(|(node, known)| (*node, known.public_key)).collect());
+        }
+        for (member, known) in first {
             known.addresses.into_iter().for_each(|address| transport.hint(member, address));
         }
         let (end, ended) = async_channel::bounded(1);
