@@ -14,6 +14,7 @@ mod hostile;
 mod identity;
 mod leftovers;
 mod limits;
+mod local_names;
 mod people;
 mod registry;
 mod renumber;
@@ -47,6 +48,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     registry::SCENARIOS,
     hostile::SCENARIOS,
     limits::SCENARIOS,
+    local_names::SCENARIOS,
     durability::SCENARIOS,
 ];
 
