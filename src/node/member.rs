@@ -17,6 +17,7 @@ use crate::transport::admission::{AdmissionTable, Known, admit};
 use crate::transport::hello::{PeerClaim, Refusal, RefusalCode};
 use crate::transport::https::HttpsServer;
 use crate::transport::identity::Identity;
+use crate::transport::local_names::LocalNames;
 use crate::transport::peers::{Event, RefusedBy, Transport, TransportConfig};
 use crate::transport::sealing::random_bytes;
 use anyhow::{Context, Result};
@@ -560,6 +561,10 @@ async fn keep_members(transport: Transport, replica: Handle, data_dir: std::path
             founding::forget_first_members(&data_dir);
             has_forgotten = true;
         }
+        transport.set_local_names(LocalNames {
+            node: state.nodes.find(&own).map(|node| node.name.clone()).unwrap_or_default(),
+            cluster: state.cluster().map(|cluster| cluster.name.to_string()).unwrap_or_default(),
+        });
         let connected = transport.connections().len() + 1;
         transport.set_lonely(members.len() > 1 && connected * 2 <= members.len());
         if let Some(status) = replica.status().await {

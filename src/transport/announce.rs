@@ -6,10 +6,12 @@
 //!
 //! Broadcasts use a port of their own, three above the listen port (7403), because quinn owns the listen port's socket
 //! and several nodes of one machine may share this one; answers go to the asker's own socket. mDNS: service
-//! `_tinydc._udp.local`, TXT `c=` hash, `n=` node, `p=` port.
+//! `_tinydc._udp.local`, TXT `c=` hash, `n=` node, `p=` port. The same socket answers for the node's and the cluster's
+//! names (`local_names`).
 //!
 //! Invariant: a whole site that got new addresses forms again with nothing typed (`tests::a_renumbered_site_forms_again`).
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, ToSocketAddrs, UdpSocket};
 use std::sync::Arc;
@@ -29,6 +31,7 @@ use tracing::debug;
 use super::dial;
 use super::executor::{lock, within};
 use super::ids::NodeId;
+use super::local_names::{Asked, LocalNames};
 use super::serve;
 use super::table::Shared;
 
@@ -42,6 +45,8 @@ const MDNS_PORT: u16 = 5353;
 const SERVICE: &str = "_tinydc._udp.local";
 const MDNS_TTL_SECONDS: u32 = 120;
 const ANSWERS_A_SECOND_MAX: u32 = 20;
+/// Turns in which nodes answer for the cluster's name, over a tenth of a second.
+const STEPS: u64 = 10;
 const RESOLVE_LIMIT: Duration = Duration::from_secs(3);
 /// Networks that tinydc or Docker make for containers: nobody else is there.
 const CONTAINER_INTERFACES: [&str; 5] = ["tdc", "veth", "docker", "br-", "cni"];
@@ -123,6 +128,7 @@ fn mdns_query() -> Option<Vec<u8>> {
 #[derive(Clone, Debug)]
 struct Interface {
     address: IpAddr,
+    netmask: Option<Ipv4Addr>,
     broadcast: Option<Ipv4Addr>,
     is_loopback: bool,
 }
@@ -147,9 +153,21 @@ fn interfaces() -> Vec<Interface> {
             } else {
                 entry.broadcast.and_then(|storage| Some(storage.as_sockaddr_in()?.ip()))
             };
-            Some(Interface { address, broadcast, is_loopback })
+            let netmask = entry.netmask.and_then(|storage| Some(storage.as_sockaddr_in()?.ip()));
+            Some(Interface { address, netmask, broadcast, is_loopback })
         })
         .collect()
+}
+
+impl Interface {
+    /// Its own address, if `other` is on the same network.
+    fn beside(&self, other: IpAddr) -> Option<Ipv4Addr> {
+        let (IpAddr::V4(own), IpAddr::V4(other), Some(mask)) = (self.address, other, self.netmask) else {
+            return None;
+        };
+        let network = |address: Ipv4Addr| u32::from(address) & u32::from(mask);
+        (network(own) == network(other)).then_some(own)
+    }
 }
 
 /// Where this machine can be reached: no loopback, no link-local IPv6, no container networks.
@@ -170,9 +188,26 @@ fn shared_socket(port: u16) -> io::Result<Async<UdpSocket>> {
     Async::new(UdpSocket::from(socket))
 }
 
+/// To the mDNS group on the interface with this address. A failure is as normal as in `announce`. Only one task sends
+/// so: the interface is the socket's.
+fn multicast_on(mdns: &Async<UdpSocket>, interface: Ipv4Addr, packet: &[u8]) {
+    if sockopt::set_ip_multicast_if(mdns, &interface).is_ok() {
+        let _ = mdns.get_ref().send_to(packet, (MDNS_GROUP, MDNS_PORT));
+    }
+}
+
+/// An answer that other nodes give too: each in its turn, so that the asker isn't flooded (RFC 6762 6).
+struct Later {
+    at: Instant,
+    message: Vec<u8>,
+    interface: Ipv4Addr,
+}
+
 struct Announcer {
     shared: Arc<Shared>,
     port: u16,
+    /// No other program of this machine has the mDNS port.
+    is_alone: bool,
     /// Sends announcements and gets the answers.
     own: Arc<Async<UdpSocket>>,
 }
@@ -218,15 +253,12 @@ impl Announcer {
         }
     }
 
-    /// To the mDNS group on each interface. A failure is as normal as in `announce`.
+    /// To the mDNS group on each interface.
     fn multicast(&self, mdns: &Async<UdpSocket>, packets: &[Vec<u8>]) {
         for interface in self.covered() {
             let IpAddr::V4(address) = interface.address else { continue };
-            if interface.is_loopback || sockopt::set_ip_multicast_if(mdns, &address).is_err() {
-                continue;
-            }
-            for packet in packets {
-                let _ = mdns.get_ref().send_to(packet, (MDNS_GROUP, MDNS_PORT));
+            if !interface.is_loopback {
+                packets.iter().for_each(|packet| multicast_on(mdns, address, packet));
             }
         }
     }
@@ -255,8 +287,25 @@ impl Announcer {
 
     async fn listen_mdns(&self, socket: &Async<UdpSocket>) {
         let mut buffer = [0; 1500];
-        let mut answers = Answers::default();
-        while let Ok((length, source)) = socket.recv_from(&mut buffer).await {
+        let (mut answers, mut name_answers) = (Answers::default(), Answers::default());
+        let mut later = VecDeque::<Later>::new();
+        loop {
+            let due = later.front().map(|later| later.at);
+            let received = future::or(async { Some(socket.recv_from(&mut buffer).await) }, async {
+                match due {
+                    Some(at) => Timer::at(at).await,
+                    None => future::pending().await,
+                };
+                None
+            });
+            let (length, source) = match received.await {
+                Some(Ok(received)) => received,
+                Some(Err(_)) => return,
+                None => {
+                    later.drain(..1).for_each(|later| multicast_on(socket, later.interface, &later.message));
+                    continue;
+                }
+            };
             let Ok(packet) = Packet::parse(&buffer[..length]) else { continue };
             if packet.has_flags(PacketFlag::RESPONSE) {
                 for announcement in Announcement::from_mdns_response(&packet) {
@@ -270,7 +319,38 @@ impl Announcer {
                 // get what is sent to its address.
                 self.multicast(socket, self.announcement(true).to_mdns_response().as_slice());
             }
+            let names = lock(&self.shared.local_names).clone();
+            if names.are_asked(&packet) && name_answers.allow(Instant::now()) {
+                later.extend(self.answer_names(&names, &packet, source, socket));
+            }
         }
+    }
+
+    /// Sends what is due at once, and returns what other nodes would send at the same time.
+    fn answer_names(
+        &self,
+        names: &LocalNames,
+        packet: &Packet<'_>,
+        source: SocketAddr,
+        socket: &Async<UdpSocket>,
+    ) -> Option<Later> {
+        // From another network it would be a forgery (RFC 6762 11), or a way to make this node send to a victim.
+        let beside = |interface: Interface| interface.beside(source.ip());
+        let addresses: Vec<Ipv4Addr> = self.covered().into_iter().filter_map(beside).collect();
+        let interface = *addresses.first()?;
+        let asked = Asked { source, addresses: &addresses, is_alone: self.is_alone };
+        let answers = names.answers(packet, &asked);
+        if let Some(message) = answers.to_group {
+            multicast_on(socket, interface, &message);
+        }
+        if let Some(message) = answers.to_asker {
+            // Lost as any datagram may be; it asks again.
+            let _ = socket.get_ref().send_to(&message, source);
+        }
+        let number = self.shared.node_id().0 % STEPS;
+        let wait = Duration::from_millis(20 + 100 / STEPS * number);
+        let message = answers.to_group_later?;
+        Some(Later { at: Instant::now() + wait, message, interface })
     }
 
     fn join_groups(&self, mdns: &Async<UdpSocket>) {
@@ -360,7 +440,9 @@ pub(super) async fn run(shared: Arc<Shared>) {
         Ok(own) => Arc::new(own),
         Err(error) => return debug!(error = %error, "announcements are off"),
     };
-    let announcer = Announcer { shared, port, own: own.clone() };
+    // Without the option that shares a port, this fails while anybody has it.
+    let is_alone = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, MDNS_PORT)).is_ok();
+    let announcer = Announcer { shared, port, is_alone, own: own.clone() };
     let open = |port: u16| {
         shared_socket(port).inspect_err(|error| debug!(port, error = %error, "announcements not heard")).ok()
     };

@@ -24,6 +24,7 @@ pub mod ids;
 pub mod join;
 mod join_limit;
 mod join_server;
+pub mod local_names;
 pub mod peers;
 pub mod sealing;
 mod serve;

@@ -30,6 +30,7 @@ use super::identity::Identity;
 use super::ids::{NodeId, PublicKey, StartId};
 use super::join::JoinAsked;
 use super::join_limit::JoinLimit;
+use super::local_names::LocalNames;
 use super::sealing::derive_key;
 use super::serve;
 use super::streams::PeerStream;
@@ -222,6 +223,7 @@ impl Transport {
             term: AtomicU64::new(0),
             last_index: AtomicU64::new(0),
             is_lonely: AtomicBool::new(false),
+            local_names: Mutex::default(),
             is_closing: AtomicBool::new(false),
             handshakes: AtomicUsize::new(0),
             bulks: AtomicUsize::new(0),
@@ -289,6 +291,11 @@ impl Transport {
     /// While true this node announces itself every 5 s and dials the names of its config.
     pub fn set_lonely(&self, is_lonely: bool) {
         self.shared.is_lonely.store(is_lonely, Ordering::Relaxed);
+    }
+
+    /// What this node answers for when the LAN asks by mDNS: `NODE.local` and `CLUSTER.local`.
+    pub fn set_local_names(&self, names: LocalNames) {
+        *lock(&self.shared.local_names) = names;
     }
 
     /// An address where a member may be, from a join reply for example; dialled at once if it is not connected.

@@ -22,6 +22,7 @@ use super::hello::{Hello, PROTOCOL, PeerClaim, Refusal, RefusalCode};
 use super::identity::Membership;
 use super::ids::{NodeId, PublicKey};
 use super::join_limit::JoinLimit;
+use super::local_names::LocalNames;
 use super::peers::{Authorise, Event, FRAME_BYTES_MAX, RefusedBy, TransportConfig};
 use super::serve;
 
@@ -167,6 +168,7 @@ pub(super) struct Shared {
     pub term: AtomicU64,
     pub last_index: AtomicU64,
     pub is_lonely: AtomicBool,
+    pub local_names: Mutex<LocalNames>,
     pub is_closing: AtomicBool,
     pub handshakes: AtomicUsize,
     pub bulks: AtomicUsize,

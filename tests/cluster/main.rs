@@ -15,6 +15,7 @@ mod identity;
 mod leftovers;
 mod limits;
 mod network;
+mod local_names;
 mod people;
 mod registry;
 mod renumber;
@@ -49,6 +50,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     registry::SCENARIOS,
     hostile::SCENARIOS,
     limits::SCENARIOS,
+    local_names::SCENARIOS,
     durability::SCENARIOS,
 ];
 

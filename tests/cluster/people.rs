@@ -40,6 +40,14 @@ impl Laptop {
         Ok(Laptop { netns, home, program })
     }
 
+    /// Runs something of this process on the laptop's network.
+    pub fn within<Output: Send>(
+        &self,
+        work: impl FnOnce() -> std::io::Result<Output> + Send,
+    ) -> Result<Output> {
+        netns::in_netns(&self.netns, work).context("enter the laptop's network")
+    }
+
     pub fn try_cli(&self, words: &[&str]) -> Result<Output> {
         let mut command = Command::new(&self.program);
         command.args(words).stdin(Stdio::null()).current_dir(&self.home).env_clear();
