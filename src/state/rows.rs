@@ -9,7 +9,6 @@ use std::net::Ipv4Addr;
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Meta {
-    pub cluster: Option<Cluster>,
     /// Stamp of the last applied entry: cluster time never goes back.
     pub time: Timestamp,
     pub counters: Counters,
