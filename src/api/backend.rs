@@ -12,7 +12,7 @@ use crate::transport::identity::Identity;
 use crate::transport::peers::Transport;
 use crate::transport::sealing::random_bytes;
 use async_executor::Executor;
-use hyper::StatusCode;
+use hyper::{HeaderMap, StatusCode};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -34,6 +34,35 @@ pub struct Backend {
     /// Written when this node is to leave its cluster: the node layer takes it from there.
     pub leave: async_channel::Sender<()>,
     pub api_port: u16,
+}
+
+/// What a client minted, so that its retry is told from a second wish.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RequestKey {
+    pub id: RequestId,
+    /// The newest entry whose effects the client had seen when it minted the id; 0 if it did not say.
+    pub created_index: u64,
+}
+
+impl RequestKey {
+    pub fn of(headers: &HeaderMap) -> Result<Option<RequestKey>, ApiError> {
+        let text = |name| headers.get(name).map(|value| value.to_str().unwrap_or("?"));
+        let Some(id) = text("idempotency-key") else { return Ok(None) };
+        let id = id.parse().map_err(|_| ApiError::invalid("Idempotency-Key is 128 bits as 32 hex digits"))?;
+        let created_index = match text("idempotency-index") {
+            Some(index) => index.parse().map_err(|_| {
+                ApiError::invalid(
+                    "Idempotency-Index is the Applied-Index of an answer from before the request",
+                )
+            })?,
+            None => 0,
+        };
+        Ok(Some(RequestKey { id, created_index }))
+    }
+
+    pub fn mark(self, command: &Command) -> RequestMark {
+        RequestMark { id: self.id, body_hash: hash_of(command), created_index: self.created_index }
+    }
 }
 
 /// The state a read is answered from, and how new it is.
@@ -125,12 +154,9 @@ impl Backend {
 
     pub fn new_mark(&self, command: &Command) -> Result<RequestMark, ApiError> {
         let id = random_bytes::<16>().map_err(|error| ApiError::internal(&error))?;
-        Ok(self.mark(RequestId(u128::from_le_bytes(id)), command))
-    }
-
-    /// A mark for a command under an id; the id's age is that of the state here.
-    pub fn mark(&self, id: RequestId, command: &Command) -> RequestMark {
-        RequestMark { id, body_hash: hash_of(command), created_index: 0 }
+        // Nobody but this node repeats it, and that within seconds: its age does not matter.
+        let key = RequestKey { id: RequestId(u128::from_le_bytes(id)), created_index: 0 };
+        Ok(key.mark(command))
     }
 
     async fn no_outcome(&self, may_be_done: bool) -> ApiError {

@@ -1,6 +1,6 @@
 //! What each route does, apart from instances, images and what nodes ask of each other.
 
-use super::backend::{Backend, Reading};
+use super::backend::{Backend, Reading, RequestKey};
 use super::body::{self, Reply};
 use super::error::ApiError;
 use super::routes::{Match, Verb, decode};
@@ -13,8 +13,8 @@ use crate::state::{Command, Reply as StateReply, RequestMark, Role, State, Token
 use crate::transport::ids::AuthorityHash;
 use crate::transport::token::{Token, TokenKind as TokenText, TokenSecret};
 use bytes::Bytes;
-use hyper::Request;
 use hyper::body::Incoming;
+use hyper::{HeaderMap, Request};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -84,16 +84,9 @@ pub fn query_of<B>(request: &Request<B>) -> BTreeMap<String, String> {
         .collect()
 }
 
-/// The request id that a client minted, so that its retry is told from a second wish.
-pub fn mark_of<B>(
-    backend: &Backend,
-    request: &Request<B>,
-    command: &Command,
-) -> Result<Option<RequestMark>, ApiError> {
-    let Some(header) = request.headers().get("idempotency-key") else { return Ok(None) };
-    let id = header.to_str().ok().and_then(|text| text.parse::<RequestId>().ok());
-    let id = id.ok_or_else(|| ApiError::invalid("Idempotency-Key is 128 bits as 32 hex digits"))?;
-    Ok(Some(backend.mark(id, command)))
+/// The mark of what a client asked, if it minted a key for it.
+pub fn mark_of(headers: &HeaderMap, asked: &Command) -> Result<Option<RequestMark>, ApiError> {
+    Ok(RequestKey::of(headers)?.map(|key| key.mark(asked)))
 }
 
 pub fn app_name(text: &str) -> Result<AppName, ApiError> {
@@ -208,7 +201,7 @@ async fn remove_app(
 ) -> Result<Reply, ApiError> {
     let app = app_name(name)?;
     let command = Command::RemoveApp { app: app.clone(), with_volumes: query.contains_key("volumes") };
-    let mark = mark_of(backend, request, &command)?;
+    let mark = mark_of(request.headers(), &command)?;
     let StateReply::Removed { volumes } = backend.submit(mark, command).await? else {
         return Err(unexpected());
     };
@@ -237,12 +230,10 @@ pub fn unexpected() -> ApiError {
 
 async fn scale(backend: &Arc<Backend>, name: &str, request: Request<Incoming>) -> Result<Reply, ApiError> {
     let app = app_name(name)?;
-    let headers = request.headers().clone();
-    let wish: ScaleRequest = body::parse(request.into_body()).await?;
+    let (head, content) = request.into_parts();
+    let wish: ScaleRequest = body::parse(content).await?;
     let command = Command::ScaleServices { app, replicas: wish.replicas };
-    let mut head = Request::new(());
-    *head.headers_mut() = headers;
-    let mark = mark_of(backend, &head, &command)?;
+    let mark = mark_of(&head.headers, &command)?;
     let StateReply::Deployed { revision, changed, removed } = backend.submit(mark, command).await? else {
         return Err(unexpected());
     };
@@ -274,16 +265,17 @@ async fn nodes(
         None => node_named(&backend.reading().await?.state, &found.name).map(|node| node.id),
     };
     let node = node.ok_or_else(|| ApiError::not_found("node", &found.name))?;
+    let (head, content) = request.into_parts();
     let command = match found.verb {
         Verb::Drain => Command::DrainNode { node, is_drained: true },
         Verb::Activate => Command::DrainNode { node, is_drained: false },
         Verb::RemoveNode => Command::RemoveNode { node, is_forced: query.contains_key("force") },
         _ => {
-            let wish: LabelsRequest = body::parse(request.into_body()).await?;
+            let wish: LabelsRequest = body::parse(content).await?;
             Command::LabelNode { node, set: wish.set, remove: wish.remove }
         }
     };
-    backend.submit(None, command).await?;
+    backend.submit(mark_of(&head.headers, &command)?, command).await?;
     body::done()
 }
 
@@ -294,6 +286,7 @@ fn node_named<'a>(state: &'a State, name: &str) -> Option<&'a Node> {
 }
 
 async fn people(backend: &Arc<Backend>, found: Match, request: Request<Incoming>) -> Result<Reply, ApiError> {
+    let (head, content) = request.into_parts();
     match found.verb {
         Verb::Tokens => {
             let shown = shown(backend, false).await?;
@@ -301,12 +294,14 @@ async fn people(backend: &Arc<Backend>, found: Match, request: Request<Incoming>
             body::ok(&TokensBody { freshness: shown.reading.freshness.clone(), tokens })
         }
         Verb::CreateToken => {
-            let wish = body::parse_or_default(request.into_body()).await?;
-            body::ok(&create_token(backend, wish).await?)
+            let key = RequestKey::of(&head.headers)?;
+            let wish = body::parse_or_default(content).await?;
+            body::ok(&create_token(backend, wish, key).await?)
         }
         Verb::RemoveToken => {
             let token = found.name.parse().map_err(|_| ApiError::not_found("token", &found.name))?;
-            backend.submit(None, Command::RemoveToken { token }).await?;
+            let command = Command::RemoveToken { token };
+            backend.submit(mark_of(&head.headers, &command)?, command).await?;
             body::done()
         }
         Verb::Users => {
@@ -321,18 +316,28 @@ async fn people(backend: &Arc<Backend>, found: Match, request: Request<Incoming>
             body::ok(&UsersBody { freshness: reading.freshness, users })
         }
         _ => {
-            backend.submit(None, Command::RemoveUser { name: found.name }).await?;
+            let command = Command::RemoveUser { name: found.name };
+            backend.submit(mark_of(&head.headers, &command)?, command).await?;
             body::done()
         }
     }
 }
 
-pub async fn create_token(backend: &Arc<Backend>, wish: TokenRequest) -> Result<TokenReply, ApiError> {
+/// A retry with the same key at the same node gets the same token; at another node it is refused, since the secret is
+/// that node's to know.
+pub async fn create_token(
+    backend: &Arc<Backend>,
+    wish: TokenRequest,
+    key: Option<RequestKey>,
+) -> Result<TokenReply, ApiError> {
     let seconds = wish.valid_seconds.unwrap_or(TOKEN_VALID_SECONDS);
     if seconds == 0 || seconds > TOKEN_VALID_SECONDS_MAX {
         return Err(ApiError::invalid("a token is valid for 1 s to 365 days"));
     }
-    let secret = TokenSecret::create().map_err(|error| ApiError::internal(&error))?;
+    let secret = match key {
+        Some(key) => TokenSecret::derive(&backend.identity().node_key, key.id),
+        None => TokenSecret::create().map_err(|error| ApiError::internal(&error))?,
+    };
     let (kind, text) = match &wish.user {
         Some(name) => {
             let role = if wish.is_viewer { Role::Viewer } else { Role::Operator };
@@ -342,11 +347,15 @@ pub async fn create_token(backend: &Arc<Backend>, wish: TokenRequest) -> Result<
     };
     let status = backend.replica.status().await;
     let now = status.map(|status| status.cluster_time).unwrap_or_default();
+    // A retry would end later: what was asked is how long it is to be valid.
+    let asked =
+        |expires_at| Command::CreateToken { secret_hash: secret.hash(), kind: kind.clone(), expires_at };
+    let mark = key.map(|key| key.mark(&asked(Timestamp(seconds * 1000))));
     let expires_at = now.plus_ms(seconds * 1000);
-    let command = Command::CreateToken { secret_hash: secret.hash(), kind, expires_at };
-    let StateReply::TokenCreated { token: id } = backend.submit(None, command).await? else {
+    let StateReply::TokenCreated { token: id } = backend.submit(mark, asked(expires_at)).await? else {
         return Err(unexpected());
     };
+    let expires_at = backend.replica.state().tokens.find(&id).map_or(expires_at, |token| token.expires_at);
     let membership = backend.identity().membership.ok_or_else(unexpected)?;
     // The answering node first; then the others, so that a token outlives one board.
     let mut addresses = backend.transport.local_addresses();
@@ -373,8 +382,10 @@ async fn settings(
     request: Request<Incoming>,
 ) -> Result<Reply, ApiError> {
     if found.verb == Verb::ChangeSetting {
-        let wish: SettingValue = body::parse(request.into_body()).await?;
-        backend.submit(None, Command::ChangeSetting { key: found.name, value: wish.value }).await?;
+        let (head, content) = request.into_parts();
+        let wish: SettingValue = body::parse(content).await?;
+        let command = Command::ChangeSetting { key: found.name, value: wish.value };
+        backend.submit(mark_of(&head.headers, &command)?, command).await?;
         return body::done();
     }
     let reading = backend.reading().await?;
@@ -429,9 +440,10 @@ pub fn line_of<T: serde::Serialize>(value: &T) -> Bytes {
 }
 
 async fn leave(backend: &Arc<Backend>, request: Request<Incoming>) -> Result<Reply, ApiError> {
-    let wish: LeaveRequest = body::parse_or_default(request.into_body()).await?;
+    let (head, content) = request.into_parts();
+    let wish: LeaveRequest = body::parse_or_default(content).await?;
     let command = Command::RemoveNode { node: backend.node, is_forced: wish.is_forced };
-    backend.submit(None, command).await?;
+    backend.submit(mark_of(&head.headers, &command)?, command).await?;
     // Full means that leaving has begun already.
     let _ = backend.leave.try_send(());
     body::done()

@@ -1,6 +1,6 @@
 //! Images, content, and the deploy that needs both.
 
-use super::backend::Backend;
+use super::backend::{Backend, RequestKey};
 use super::body::{self, Reply};
 use super::error::ApiError;
 use super::handlers::{app_name, mark_of, shown, unexpected};
@@ -39,6 +39,7 @@ fn full_name(name: &str) -> String {
 }
 
 pub async fn load(backend: &Arc<Backend>, request: Request<Incoming>) -> Result<Reply, ApiError> {
+    let key = RequestKey::of(request.headers())?;
     let reader = BodyReader::new(request.into_body());
     let runtime = backend.ground.runtime.clone();
     let loaded = smol::unblock(move || {
@@ -49,10 +50,14 @@ pub async fn load(backend: &Arc<Backend>, request: Request<Incoming>) -> Result<
     .await
     .map_err(|error| ApiError::invalid(crate::agent::chain(&error)))?;
     let mut images = Vec::new();
-    for mut artifact in loaded {
+    for (number, mut artifact) in loaded.into_iter().enumerate() {
         artifact.holders.insert(backend.node);
         let command = Command::RegisterArtifact { artifact: Box::new(artifact.clone()) };
-        backend.submit(None, command).await?;
+        // One request, one id for each image in it.
+        let mark = key.map(|key| {
+            RequestKey { id: RequestId(key.id.0.wrapping_add(number as u128)), ..key }.mark(&command)
+        });
+        backend.submit(mark, command).await?;
         images.push(ImageBody {
             names: artifact.names.iter().cloned().collect(),
             digest: artifact.digest,
@@ -123,12 +128,14 @@ pub async fn remove(
     };
     let artifact = state.artifacts.rows().find(is_meant).ok_or_else(|| ApiError::not_found("image", name))?;
     let command = Command::RemoveArtifact { digest: artifact.digest.clone() };
-    let mark = mark_of(backend, request, &command)?;
+    let mark = mark_of(request.headers(), &command)?;
     backend.submit(mark, command).await?;
     body::done()
 }
 
+/// What is put is called by its digest: a repeat changes nothing, at any node, and needs no mark.
 pub async fn put_content(backend: &Arc<Backend>, request: Request<Incoming>) -> Result<Reply, ApiError> {
+    RequestKey::of(request.headers())?;
     let reader = BodyReader::new(request.into_body());
     let runtime = backend.ground.runtime.clone();
     let stored = smol::unblock(move || store_content(&runtime, reader)).await?;
@@ -165,11 +172,14 @@ pub async fn deploy(
     request: Request<Incoming>,
 ) -> Result<Reply, ApiError> {
     let app = app_name(name)?;
-    let headers = request.headers().clone();
-    let mut wish: DeployRequest = body::parse(request.into_body()).await?;
+    let (head, content) = request.into_parts();
+    let mut wish: DeployRequest = body::parse(content).await?;
     if wish.spec.name != app {
         return Err(ApiError::invalid(format!("the path names {app}, the body {}", wish.spec.name)));
     }
+    // Of what was asked: a tag may name another digest by the time of a retry.
+    let asked = Command::DeployApp { spec: Box::new(wish.spec.clone()), artifacts: Vec::new() };
+    let mark = mark_of(&head.headers, &asked)?;
     let state = backend.reading().await?.state;
     super::ports::check(backend, &state, &wish.spec).await?;
     let (images, artifacts) = resolve_images(backend, &state, &mut wish.spec).await?;
@@ -177,9 +187,6 @@ pub async fn deploy(
     if wish.is_dry_run {
         return body::ok(&dry_run(&state, name, command, images)?);
     }
-    let mut head = Request::new(());
-    *head.headers_mut() = headers;
-    let mark = mark_of(backend, &head, &command)?;
     let StateReply::Deployed { revision, changed, removed } = backend.submit(mark, command).await? else {
         return Err(unexpected());
     };

@@ -147,5 +147,9 @@ async fn answer(
         )),
         Found::Match(found) => handlers::handle(&backend, &caller, found, request).await,
     };
-    Ok(outcome.unwrap_or_else(|error| body::json(error.status, &error.body())))
+    let mut reply = outcome.unwrap_or_else(|error| body::json(error.status, &error.body()));
+    // A client that mints a key for its next write says with it how much it had seen.
+    let applied = backend.replica.published().newest().applied;
+    reply.headers_mut().insert("applied-index", applied.into());
+    Ok(reply)
 }

@@ -52,6 +52,14 @@ pub struct Client {
     target: Target,
     is_json: bool,
     has_said_stale: Cell<bool>,
+    /// The newest entry that an answer was made of; 0 before the first answer.
+    seen_index: Cell<u64>,
+}
+
+/// What tells a retry from a second wish, and how old it is.
+struct Key {
+    id: String,
+    created_index: u64,
 }
 
 /// How an attempt ended without an answer.
@@ -72,7 +80,7 @@ pub struct Asked<'a> {
 
 impl Client {
     pub fn new(executor: Rc<LocalExecutor<'static>>, target: Target, is_json: bool) -> Client {
-        Client { executor, target, is_json, has_said_stale: Cell::new(false) }
+        Client { executor, target, is_json, has_said_stale: Cell::new(false), seen_index: Cell::new(0) }
     }
 
     pub async fn read<Answer: DeserializeOwned>(&self, path: &str) -> anyhow::Result<Answer> {
@@ -102,7 +110,7 @@ impl Client {
 
     pub async fn delete<Answer: DeserializeOwned>(&self, path: &str) -> anyhow::Result<Answer> {
         let asked = Asked { method: Method::DELETE, path, body: Bytes::new(), limit: WRITE_LIMIT };
-        parse(&self.send(&asked, Some(&fresh_key()?)).await?)
+        parse(&self.send(&asked, Some(&self.key().await?)).await?)
     }
 
     pub async fn write<Answer: DeserializeOwned>(
@@ -114,7 +122,7 @@ impl Client {
     ) -> anyhow::Result<Answer> {
         let body = Bytes::from(serde_json::to_vec(body)?);
         let asked = Asked { method, path, body, limit };
-        parse(&self.send(&asked, Some(&fresh_key()?)).await?)
+        parse(&self.send(&asked, Some(&self.key().await?)).await?)
     }
 
     /// Sends bytes whose digest is their name, so that sending them again changes nothing.
@@ -124,7 +132,7 @@ impl Client {
         body: Bytes,
     ) -> anyhow::Result<Answer> {
         let asked = Asked { method: Method::PUT, path, body, limit: UPLOAD_LIMIT };
-        parse(&self.send(&asked, Some(&fresh_key()?)).await?)
+        parse(&self.send(&asked, Some(&self.key().await?)).await?)
     }
 
     /// Sends what `source` gives, once: it can't be read again.
@@ -136,7 +144,7 @@ impl Client {
     ) -> anyhow::Result<Answer> {
         let body =
             BodyExt::boxed_unsync(UploadBody { source: Box::pin(source), on_bytes: Box::new(on_bytes) });
-        let builder = request(&Method::POST, path).header("idempotency-key", fresh_key()?);
+        let builder = with_key(request(&Method::POST, path), &self.key().await?);
         let request = builder.header("content-type", "application/x-tar").body(body)?;
         let answer = within(UPLOAD_LIMIT, async { collect(self.open(request).await?).await }).await;
         match answer.unwrap_or(Err(Lost::Late)) {
@@ -194,7 +202,18 @@ impl Client {
         Ok(Upgraded { stream: parts.io.into_inner(), early: parts.read_buf })
     }
 
-    async fn send(&self, asked: &Asked<'_>, key: Option<&str>) -> Result<Bytes, Failure> {
+    /// A key for one write. What it is older than must be known before the first attempt: who has read nothing asks for
+    /// that alone.
+    async fn key(&self) -> Result<Key, Failure> {
+        if self.seen_index.get() == 0 {
+            let path = "/v1/version";
+            let asked = Asked { method: Method::GET, path, body: Bytes::new(), limit: READ_LIMIT };
+            self.send(&asked, None).await?;
+        }
+        Ok(Key { id: fresh_key()?, created_index: self.seen_index.get() })
+    }
+
+    async fn send(&self, asked: &Asked<'_>, key: Option<&Key>) -> Result<Bytes, Failure> {
         let mut waits = RETRY_WAITS_MS.iter();
         let mut may_have_arrived = false;
         loop {
@@ -221,10 +240,10 @@ impl Client {
         }
     }
 
-    async fn send_once(&self, asked: &Asked<'_>, key: Option<&str>) -> Result<(StatusCode, Bytes), Lost> {
+    async fn send_once(&self, asked: &Asked<'_>, key: Option<&Key>) -> Result<(StatusCode, Bytes), Lost> {
         let mut builder = request(&asked.method, asked.path);
         if let Some(key) = key {
-            builder = builder.header("idempotency-key", key);
+            builder = with_key(builder, key);
         }
         if !asked.body.is_empty() {
             builder = builder.header("content-type", "application/json");
@@ -242,7 +261,11 @@ impl Client {
         let (mut sender, connection) = http1::handshake(FuturesIo::new(stream)).await.map_err(broken)?;
         // Its errors reach the request; the executor ends it with the process.
         self.executor.spawn(async move { drop(connection.with_upgrades().await) }).detach();
-        sender.send_request(request).await.map_err(broken)
+        let response = sender.send_request(request).await.map_err(broken)?;
+        let applied = response.headers().get("applied-index").and_then(|index| index.to_str().ok());
+        let applied = applied.and_then(|index| index.parse().ok()).unwrap_or(0);
+        self.seen_index.set(self.seen_index.get().max(applied));
+        Ok(response)
     }
 
     /// Once in a process, above what is shown.
@@ -281,6 +304,15 @@ fn explain(lost: Lost, may_take_effect: bool, limit: Duration) -> Failure {
 fn request(method: &Method, path: &str) -> hyper::http::request::Builder {
     let agent = concat!("tinydc/", env!("CARGO_PKG_VERSION"));
     Request::builder().method(method).uri(path).header("host", "tinydc").header("user-agent", agent)
+}
+
+fn with_key(builder: hyper::http::request::Builder, key: &Key) -> hyper::http::request::Builder {
+    let builder = builder.header("idempotency-key", &key.id);
+    match key.created_index {
+        // A daemon that belongs to no cluster yet.
+        0 => builder,
+        index => builder.header("idempotency-index", index),
+    }
 }
 
 fn full(bytes: Bytes) -> RequestBody {

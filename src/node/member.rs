@@ -315,7 +315,7 @@ impl<'a> Run<'a> {
                 let _ = reply.send(Ok(JoinDone { cluster, node, node_id: self.node.to_string() })).await;
             }
             Awaiting::Init { reply, recovery_key } => {
-                let token = create_token(backend, TokenRequest::default()).await;
+                let token = create_token(backend, TokenRequest::default(), None).await;
                 let answer = token.map(|token| InitReply {
                     cluster,
                     node,

@@ -100,13 +100,9 @@ impl State {
             let is_same = stored.body_hash == mark.body_hash;
             return Some(if is_same { stored.outcome.clone() } else { Err(Rejection::RequestIdReused) });
         }
-        let is_full = self.outcomes.len() >= OUTCOMES_MAX;
-        let oldest = self.outcomes.iter().next().map(|(index, _)| *index);
-        // Evicted outcomes are older than the oldest kept one: an id made before that may have been used.
-        let was_evicted = match oldest {
-            Some(oldest) => is_full && mark.created_index != 0 && mark.created_index < oldest,
-            None => false,
-        };
+        // An id made before the newest evicted outcome may be the one that had it.
+        let evicted = self.meta.find(&()).map_or(0, |meta| meta.outcomes_evicted);
+        let was_evicted = mark.created_index != 0 && mark.created_index < evicted;
         was_evicted.then_some(Err(Rejection::UnknownOutcome))
     }
 
@@ -121,6 +117,9 @@ impl State {
                 break;
             }
             self.outcomes.remove(&oldest);
+            let mut meta = self.meta.find(&()).cloned().unwrap_or_default();
+            meta.outcomes_evicted = oldest;
+            self.meta.put((), meta);
         }
     }
 

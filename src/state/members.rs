@@ -3,7 +3,7 @@
 use super::State;
 use super::apply::not_found;
 use super::command::{JoinNode, Outcome, Rejection, Reply};
-use super::rows::{Cluster, Meta, Role, Token, TokenKind, User};
+use super::rows::{Cluster, Role, Token, TokenKind, User};
 use crate::model::limits::NODES_MAX;
 use crate::model::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,7 +23,7 @@ pub fn found(state: &mut State, cluster: &Cluster, node: &JoinNode) -> Outcome {
     let time = state.time();
     let mut cluster = cluster.clone();
     cluster.founded_at = time;
-    state.meta.put((), Meta { cluster: Some(cluster.clone()), time, counters: Default::default() });
+    state.identity.put((), cluster.clone());
     state.settings.put((), Settings::default());
     let (id, name) = add_node(state, node)?;
     state.nodes.update(&id, |node| node.has_cluster_key = true);

@@ -80,7 +80,7 @@ macro_rules! tables {
 }
 
 tables! {
-    /// One row: the cluster, its clock and its counters.
+    /// One row: the cluster's clock and its counters. Small, since every command changes it.
     1 meta: () => Meta,
     /// One row.
     2 settings: () => Settings,
@@ -97,12 +97,15 @@ tables! {
     12 events: u64 => Event,
     /// Keys of nodes that were removed: their certificates never end, so they are refused by name.
     13 removed_keys: PublicKey => Timestamp,
-    14 addresses: Ipv4Addr => FloatingAddress,
+    /// One row: what stays as it was founded.
+    14 identity: () => Cluster,
+    /// Floating, on the LAN.
+    15 addresses: Ipv4Addr => FloatingAddress,
 }
 
 impl State {
     pub fn cluster(&self) -> Option<&Cluster> {
-        self.meta.find(&()).and_then(|meta| meta.cluster.as_ref())
+        self.identity.find(&())
     }
 
     /// Cluster time of the last applied entry.

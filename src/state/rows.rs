@@ -9,10 +9,11 @@ use std::net::Ipv4Addr;
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Meta {
-    pub cluster: Option<Cluster>,
     /// Stamp of the last applied entry: cluster time never goes back.
     pub time: Timestamp,
     pub counters: Counters,
+    /// The newest entry whose outcome is remembered no more; 0 for none.
+    pub outcomes_evicted: u64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -239,6 +239,33 @@ fn an_evicted_request_is_never_applied_again() {
 }
 
 #[test]
+fn a_request_that_is_older_than_the_hour_is_never_applied_again() {
+    let mut applier = Applier::with_nodes(1);
+    let label = |count: &str| Command::LabelNode {
+        node: NodeId(1),
+        set: [("count".to_string(), count.to_string())].into(),
+        remove: Vec::new(),
+    };
+    let (created_index, begin) = (applier.index, applier.state.time().0);
+    let mark = |id, created_index| RequestMark { id: RequestId(id), body_hash: 7, created_index };
+    let mut apply = |stamp, mark, count| {
+        applier.index += 1;
+        let origin = Origin::default();
+        let envelope =
+            Envelope { stamp: Timestamp(stamp), origin, request: Some(mark), command: label(count) };
+        applier.state.apply(applier.index, &envelope)
+    };
+    apply(begin, mark(1, created_index), "first").unwrap();
+    // A retry within the hour gets the first answer; it does not apply.
+    apply(begin + 10, mark(1, created_index), "first").unwrap();
+    let later = begin + limits::OUTCOME_AGE_MS_MAX + 1_000;
+    apply(later, mark(2, created_index + 1), "second").unwrap();
+    assert_eq!(apply(later, mark(1, created_index), "first"), Err(Rejection::UnknownOutcome));
+    let labels = &applier.state.nodes.find(&NodeId(1)).unwrap().labels;
+    assert_eq!(labels.get("count").map(String::as_str), Some("second"));
+}
+
+#[test]
 fn a_repeated_join_returns_the_same_node() {
     let mut applier = Applier::with_nodes(2);
     let again = applier.must(applier.join(2));

@@ -3,23 +3,23 @@
 use super::Reserve;
 use crate::consensus::{Batch, ConfState, Entry, EntryType, HardState, LogStore, Stored};
 use crate::state::RowChange;
-use rusqlite::{Connection, Transaction, params};
+use rusqlite::{Connection, OptionalExtension, Transaction, params};
+use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
 /// Pages of 1 KiB that the write-ahead log holds before it is folded back: the file is grown once to this size, so
 /// that a commit changes no file length and costs one flush.
 const WAL_PAGES: u32 = 4000;
 const SCHEMA_VERSION: i64 = 1;
+/// The table number of raft's own row. The state's tables begin at 1: its row lies on the same page as the state's
+/// clock and counters, which every command changes too.
+const RAFT_KIND: u8 = 0;
 
 const SCHEMA: &str = "
     CREATE TABLE log (idx INTEGER PRIMARY KEY, term INTEGER NOT NULL, kind INTEGER NOT NULL, data BLOB NOT NULL,
         context BLOB NOT NULL) STRICT;
     CREATE TABLE row (kind INTEGER NOT NULL, key BLOB NOT NULL, body BLOB NOT NULL,
         PRIMARY KEY (kind, key)) STRICT, WITHOUT ROWID;
-    CREATE TABLE raft (id INTEGER PRIMARY KEY CHECK (id = 0), term INTEGER NOT NULL, vote INTEGER NOT NULL,
-        commit_index INTEGER NOT NULL, applied INTEGER NOT NULL, compacted_index INTEGER NOT NULL,
-        compacted_term INTEGER NOT NULL, conf_state BLOB NOT NULL) STRICT;
-    INSERT INTO raft VALUES (0, 0, 0, 0, 0, 0, 0, x'');
 ";
 
 #[derive(Debug, thiserror::Error)]
@@ -43,8 +43,22 @@ pub enum StoreError {
     EntryKind { path: PathBuf, index: u64, kind: i64 },
 }
 
+/// What raft keeps beside its log, as it is on disk.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct RaftRow {
+    term: u64,
+    vote: u64,
+    commit: u64,
+    applied: u64,
+    /// The entry before the first one kept: index and term.
+    compacted: (u64, u64),
+    /// Empty until a cluster is founded or joined.
+    conf_state: ConfState,
+}
+
 pub struct SqliteStore {
     connection: Connection,
+    raft: RaftRow,
     path: PathBuf,
     reserve: Option<Reserve>,
 }
@@ -70,16 +84,20 @@ impl SqliteStore {
             connection.execute_batch(&sql).map_err(at("create the schema"))?;
         }
         grow_wal(&connection, &path).map_err(at("grow the write-ahead log"))?;
-        Ok(SqliteStore { connection, reserve: Some(Reserve::open(data_dir)), path })
+        let raft = match read_raft(&connection).map_err(at("read raft's state"))? {
+            Some(body) => postcard::from_bytes(&body)
+                .map_err(|source| StoreError::Damaged { path: path.clone(), source })?,
+            None => RaftRow::default(),
+        };
+        Ok(SqliteStore { connection, raft, reserve: Some(Reserve::open(data_dir)), path })
     }
 
     /// Makes the first node's log: an empty state at index 1 of which it is the only voter.
     pub fn found(&mut self, node: u64) -> Result<(), StoreError> {
         let conf_state = ConfState { voters: vec![node], ..ConfState::default() };
-        let conf = encode_conf(&conf_state);
-        self.connection
-            .execute("UPDATE raft SET term = 1, commit_index = 1, applied = 1, compacted_index = 1, compacted_term = 1, conf_state = ?1", [conf])
-            .map_err(|source| self.error("found the log", source))?;
+        let raft = RaftRow { term: 1, vote: 0, commit: 1, applied: 1, compacted: (1, 1), conf_state };
+        write_raft(&self.connection, &raft).map_err(|source| self.error("found the log", source))?;
+        self.raft = raft;
         Ok(())
     }
 
@@ -110,14 +128,43 @@ impl SqliteStore {
             let path = path.clone();
             move |source| StoreError::Sqlite { step, path, source }
         };
+        let mut raft = self.raft.clone();
         let transaction = self.connection.transaction().map_err(at("begin a batch"))?;
         for batch in batches {
             write_snapshot(&transaction, batch).map_err(at("write a snapshot"))?;
             write_log(&transaction, batch).map_err(at("append to the log"))?;
             write_rows(&transaction, &batch.changes).map_err(at("write rows"))?;
-            write_raft(&transaction, batch).map_err(at("write raft's state"))?;
+            raft.take(batch);
         }
-        transaction.commit().map_err(at("commit a batch"))
+        if raft != self.raft {
+            write_raft(&transaction, &raft).map_err(at("write raft's state"))?;
+        }
+        transaction.commit().map_err(at("commit a batch"))?;
+        self.raft = raft;
+        Ok(())
+    }
+}
+
+impl RaftRow {
+    fn take(&mut self, batch: &Batch) {
+        if let Some(image) = &batch.snapshot {
+            self.applied = image.index;
+            self.compacted = (image.index, image.term);
+            self.conf_state = image.conf_state.clone();
+            self.commit = self.commit.max(image.index);
+        }
+        if let Some(compacted) = batch.compact_to {
+            self.compacted = compacted;
+        }
+        if let Some(hard_state) = &batch.hard_state {
+            self.term = hard_state.term;
+            self.vote = hard_state.vote;
+            self.commit = hard_state.commit;
+        }
+        self.applied = self.applied.max(batch.applied);
+        if let Some(conf_state) = &batch.conf_state {
+            self.conf_state = conf_state.clone();
+        }
     }
 }
 
@@ -157,17 +204,10 @@ fn grow_wal(connection: &Connection, path: &Path) -> rusqlite::Result<()> {
 
 fn write_snapshot(transaction: &Transaction<'_>, batch: &Batch) -> rusqlite::Result<()> {
     let Some(image) = &batch.snapshot else { return Ok(()) };
-    transaction.execute_batch("DELETE FROM row; DELETE FROM log;")?;
+    transaction.execute_batch("DELETE FROM row WHERE kind > 0; DELETE FROM log;")?;
     let state = crate::state::State::from_frames(&image.frames)
         .map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?;
-    write_rows(transaction, &state.all_rows())?;
-    transaction
-        .prepare_cached(
-            "UPDATE raft SET applied = ?1, compacted_index = ?1, compacted_term = ?2, conf_state = ?3, \
-             commit_index = max(commit_index, ?1)",
-        )?
-        .execute(params![image.index as i64, image.term as i64, encode_conf(&image.conf_state)])?;
-    Ok(())
+    write_rows(transaction, &state.all_rows())
 }
 
 fn write_log(transaction: &Transaction<'_>, batch: &Batch) -> rusqlite::Result<()> {
@@ -183,11 +223,8 @@ fn write_log(transaction: &Transaction<'_>, batch: &Batch) -> rusqlite::Result<(
         };
         insert.execute(params![entry.index as i64, entry.term as i64, kind, entry.data, entry.context])?;
     }
-    if let Some((index, term)) = batch.compact_to {
+    if let Some((index, _)) = batch.compact_to {
         transaction.prepare_cached("DELETE FROM log WHERE idx <= ?1")?.execute([index as i64])?;
-        transaction
-            .prepare_cached("UPDATE raft SET compacted_index = ?1, compacted_term = ?2")?
-            .execute([index as i64, term as i64])?;
     }
     Ok(())
 }
@@ -204,52 +241,30 @@ fn write_rows(transaction: &Transaction<'_>, changes: &[RowChange]) -> rusqlite:
     Ok(())
 }
 
-fn write_raft(transaction: &Transaction<'_>, batch: &Batch) -> rusqlite::Result<()> {
-    if let Some(hard_state) = &batch.hard_state {
-        transaction.prepare_cached("UPDATE raft SET term = ?1, vote = ?2, commit_index = ?3")?.execute([
-            hard_state.term as i64,
-            hard_state.vote as i64,
-            hard_state.commit as i64,
-        ])?;
-    }
-    transaction
-        .prepare_cached("UPDATE raft SET applied = ?1 WHERE applied < ?1")?
-        .execute([batch.applied as i64])?;
-    if let Some(conf_state) = &batch.conf_state {
-        transaction.prepare_cached("UPDATE raft SET conf_state = ?1")?.execute([encode_conf(conf_state)])?;
-    }
+fn write_raft(connection: &Connection, raft: &RaftRow) -> rusqlite::Result<()> {
+    let body = postcard::to_allocvec(raft).expect("plain data in memory always encodes");
+    connection
+        .prepare_cached("INSERT OR REPLACE INTO row VALUES (?1, x'', ?2)")?
+        .execute(params![RAFT_KIND, body])?;
     Ok(())
 }
 
-fn encode_conf(conf_state: &ConfState) -> Vec<u8> {
-    postcard::to_allocvec(conf_state).expect("plain data in memory always encodes")
+fn read_raft(connection: &Connection) -> rusqlite::Result<Option<Vec<u8>>> {
+    connection.query_row("SELECT body FROM row WHERE kind = ?1", [RAFT_KIND], |row| row.get(0)).optional()
 }
 
 impl LogStore for SqliteStore {
     type Error = StoreError;
 
     fn load(&mut self) -> Result<Stored, StoreError> {
-        let (mut stored, conf) = self
-            .connection
-            .query_row("SELECT term, vote, commit_index, applied, compacted_index, compacted_term, conf_state FROM raft", [], |row| {
-                let hard_state = HardState {
-                    term: row.get::<_, i64>(0)? as u64,
-                    vote: row.get::<_, i64>(1)? as u64,
-                    commit: row.get::<_, i64>(2)? as u64,
-                };
-                let stored = Stored {
-                    hard_state,
-                    applied: row.get::<_, i64>(3)? as u64,
-                    compacted: (row.get::<_, i64>(4)? as u64, row.get::<_, i64>(5)? as u64),
-                    ..Stored::default()
-                };
-                Ok((stored, row.get::<_, Vec<u8>>(6)?))
-            })
-            .map_err(|source| self.error("read raft's state", source))?;
-        if !conf.is_empty() {
-            stored.conf_state = postcard::from_bytes(&conf)
-                .map_err(|source| StoreError::Damaged { path: self.path.clone(), source })?;
-        }
+        let raft = self.raft.clone();
+        let mut stored = Stored {
+            hard_state: HardState { term: raft.term, vote: raft.vote, commit: raft.commit },
+            applied: raft.applied,
+            compacted: raft.compacted,
+            conf_state: raft.conf_state,
+            ..Stored::default()
+        };
         stored.entries = self.load_log()?;
         stored.rows = self.load_rows().map_err(|source| self.error("read the state's rows", source))?;
         // A commit index travels lazily: what was applied was committed.
@@ -301,7 +316,8 @@ impl SqliteStore {
     }
 
     fn load_rows(&self) -> rusqlite::Result<Vec<RowChange>> {
-        let mut statement = self.connection.prepare("SELECT kind, key, body FROM row ORDER BY kind, key")?;
+        let mut statement =
+            self.connection.prepare("SELECT kind, key, body FROM row WHERE kind > 0 ORDER BY kind, key")?;
         let rows = statement.query_map([], |row| {
             Ok(RowChange { kind: row.get(0)?, key: row.get(1)?, body: Some(row.get(2)?) })
         })?;

@@ -12,8 +12,10 @@ use ring::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
 
 use super::codeword::{self, CodewordError};
+use super::identity::NodeKey;
 use super::ids::AuthorityHash;
-use super::sealing::{SealError, random_bytes};
+use super::sealing::{SealError, derive_key, random_bytes};
+use crate::model::RequestId;
 pub use crate::model::TokenId;
 
 pub const TOKEN_ADDRESSES_MAX: usize = 6;
@@ -57,6 +59,15 @@ impl TokenSecret {
         Ok(TokenSecret(random_bytes()?))
     }
 
+    /// The same for the same request at the same node, so that a retry gets the token that the first try made; nobody
+    /// who knows the request alone can tell it.
+    pub fn derive(node_key: &NodeKey, request: RequestId) -> TokenSecret {
+        let bytes = derive_key(node_key.as_pkcs8(), &format!("token {request}"));
+        let mut secret = [0; 16];
+        secret.copy_from_slice(&bytes[..16]);
+        TokenSecret(secret)
+    }
+
     /// What the state keeps. A plain hash is enough: the secret is 128 random bits.
     pub fn hash(&self) -> [u8; 32] {
         let mut hash = [0; 32];
@@ -92,6 +103,15 @@ impl Token {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_repeated_request_has_the_same_secret_at_the_same_node_only() {
+        let (here, there) = (NodeKey::create().unwrap(), NodeKey::create().unwrap());
+        let secret = TokenSecret::derive(&here, RequestId(1));
+        assert!(secret == TokenSecret::derive(&here, RequestId(1)));
+        assert!(secret != TokenSecret::derive(&here, RequestId(2)));
+        assert!(secret != TokenSecret::derive(&there, RequestId(1)));
+    }
 
     #[test]
     fn a_token_reads_back_as_its_own_kind() {

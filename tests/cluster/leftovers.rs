@@ -1,6 +1,6 @@
 //! What a scenario left behind: namespaces, mounts, cgroups, processes, nft tables, links. There must be nothing.
 
-use super::stage::{DIR, until};
+use super::stage::{dir, until};
 use anyhow::{Result, bail};
 use std::collections::BTreeSet;
 use std::fs;
@@ -48,15 +48,15 @@ impl Before {
         found.extend(links().difference(&self.links).map(|name| format!("link {name}")));
         let new_tables = tables().into_iter().filter(|table| !self.tables.contains(table));
         found.extend(new_tables.map(|table| format!("nft {table}")));
-        if Path::new(DIR).exists() {
-            found.push(format!("folder {DIR}"));
+        if dir().exists() {
+            found.push(format!("folder {}", dir().display()));
         }
         found
     }
 }
 
 fn is_below(path: &str) -> bool {
-    path.strip_prefix(DIR).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    path.strip_prefix(&*dir().to_string_lossy()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
 }
 
 fn cgroups(folder: &Path, depth: usize) -> Vec<PathBuf> {
@@ -82,7 +82,7 @@ fn processes() -> Vec<String> {
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
         let root = fs::read_link(entry.path().join("root")).unwrap_or_default();
-        if line.contains(&format!("{DIR}/")) || is_below(&root.to_string_lossy()) {
+        if line.contains(&format!("{}/", dir().display())) || is_below(&root.to_string_lossy()) {
             found.push(format!("process {name} {line}"));
         }
     }

@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 use tinydc::cli::lab::{self, Lab};
 use tinydc::linux::netns;
 
-pub const DIR: &str = "/var/tmp/tinydc-cluster-test";
 pub const IMAGE: &str = "busy:1";
 const HTTP_LIMIT: Duration = Duration::from_millis(500);
 const LOG_LINES: usize = 12;
@@ -52,9 +51,14 @@ impl Row {
     }
 }
 
+/// Where everything of a run lies; `TINYDC_TEST_DIR` names another place, so that two runs can share a machine.
+pub fn dir() -> PathBuf {
+    std::env::var_os("TINYDC_TEST_DIR").map_or("/var/tmp/tinydc-cluster-test".into(), PathBuf::from)
+}
+
 impl Stage {
     pub fn new(program: &Path, machines: u8) -> Result<Stage> {
-        let lab = Lab::new(Path::new(DIR), program, machines)?;
+        let lab = Lab::new(&dir(), program, machines)?;
         fs::create_dir_all(lab.dir.join("home"))?;
         Ok(Stage { lab, notes: Vec::new() })
     }

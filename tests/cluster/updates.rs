@@ -5,6 +5,7 @@ use super::stage::{IMAGE, Stage, until, web};
 use super::watcher::Watcher;
 use anyhow::{Result, ensure};
 use std::time::{Duration, Instant};
+use tinydc::cli::lab;
 
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
@@ -20,6 +21,12 @@ pub const SCENARIOS: &[Scenario] = &[
                  deployed",
         machines: 3,
         run: content,
+    },
+    Scenario {
+        name: "retries",
+        proves: "a write that is sent again with its key is done once, and the retry gets the first answer",
+        machines: 1,
+        run: retries,
     },
 ];
 
@@ -78,5 +85,49 @@ fn content(stage: &mut Stage) -> Result<()> {
     std::fs::write(stage.lab.dir.join("word.txt"), "second\n")?;
     stage.deploy(1, "notes", &yaml)?;
     ensure!(read(stage)? == "second\n", "its change is there: {}", read(stage)?);
+    Ok(())
+}
+
+fn retries(stage: &mut Stage) -> Result<()> {
+    stage.form(1)?;
+    let socket = stage.lab.nodes[0].socket();
+    let ask = |key: u128, method: &str, path: &str, body: &str| -> Result<serde_json::Value> {
+        let headers = format!("idempotency-key: {key:032x}\r\n");
+        lab::ask_with(&socket, method, path, &headers, body.as_bytes())?.json()
+    };
+    let token = ask(1, "POST", "/v1/tokens", "")?;
+    let again = ask(1, "POST", "/v1/tokens", "")?;
+    ensure!(token["token"].is_string() && token == again, "a retry made another token: {token}, {again}");
+    ensure!(ask(2, "POST", "/v1/tokens", "")?["token"] != token["token"], "another wish got the same token");
+    // The first try, a later wish, then the retry: the later wish stands.
+    let cases = [
+        (
+            "POST",
+            "/v1/nodes/pi1/labels",
+            r#"{"set":{"a":"1"},"remove":[]}"#,
+            r#"{"set":{"a":"2"},"remove":[]}"#,
+        ),
+        ("PUT", "/v1/settings/timers", r#"{"value":"fast"}"#, r#"{"value":"card"}"#),
+    ];
+    for (number, (method, path, first, later)) in cases.into_iter().enumerate() {
+        let key = 16 * (number as u128 + 1);
+        ask(key, method, path, first)?;
+        ask(key + 1, method, path, later)?;
+        ask(key, method, path, first)?;
+        let refused = ask(key, method, path, later).map(|_| ());
+        ensure!(refused.is_err_and(|error| error.to_string().contains("another request")), "{path}");
+    }
+    ask(64, "POST", "/v1/nodes/pi1/drain", "")?;
+    ask(65, "POST", "/v1/nodes/pi1/activate", "")?;
+    ask(64, "POST", "/v1/nodes/pi1/drain", "")?;
+    let node = stage.lab.nodes[0].get("/v1/nodes/pi1")?;
+    ensure!(node["labels"]["a"] == "2" && node["state"] == "up", "a retry was done again: {node}");
+    let settings = stage.lab.nodes[0].get("/v1/settings")?.to_string();
+    ensure!(!settings.contains(r#""value":"fast""#), "a retry was done again: {settings}");
+    // A token that is gone is gone for the first try only: its retry gets the first answer.
+    let path = format!("/v1/tokens/{}", token["id"].as_str().unwrap_or_default());
+    ask(80, "DELETE", &path, "")?;
+    ask(80, "DELETE", &path, "")?;
+    ensure!(ask(81, "DELETE", &path, "").is_err(), "a second wish to remove it finds nothing");
     Ok(())
 }

@@ -19,6 +19,8 @@ use crate::transport::ids::{ClusterId, NodeId, StoreId};
 #[derive(Clone, Copy)]
 enum Answer {
     Whole(u16, &'static str),
+    /// A member's, with the newest entry it may be made of.
+    Seen(&'static str),
     /// The connection ends after the request was read.
     BreakOff,
     /// Nothing, until the client goes.
@@ -46,6 +48,11 @@ fn serve(answers: &'static [Answer]) -> Server {
                     let length = body.len();
                     let head = format!("HTTP/1.1 {status} X\r\ncontent-length: {length}\r\n\r\n");
                     let _ = stream.write_all(format!("{head}{body}").as_bytes());
+                }
+                Answer::Seen(index) => {
+                    let head =
+                        format!("HTTP/1.1 200 X\r\napplied-index: {index}\r\ncontent-length: 2\r\n\r\n");
+                    let _ = stream.write_all(format!("{head}{{}}").as_bytes());
                 }
                 Answer::BreakOff => {}
                 Answer::Silence => drop(stream.read(&mut [0; 64])),
@@ -92,8 +99,10 @@ const VERSION: &str = r#"{"version":"1","architecture":"arm64","cluster":null,"n
 #[test]
 fn an_answer_is_read_and_a_refusal_keeps_its_code_and_hint() {
     let refusal = r#"{"error":{"code":"port_taken","message":"8080 is shop's","hint":"take another"}}"#;
-    let answers = Box::leak(Box::new([Answer::Whole(200, VERSION), Answer::Whole(409, refusal)]));
+    let answers =
+        Box::leak(Box::new([Answer::Seen("1"), Answer::Whole(200, VERSION), Answer::Whole(409, refusal)]));
     let server = serve(answers);
+    let _: serde_json::Value = run(&server, server.client.read("/v1/settings")).unwrap();
     let version: VersionBody = run(&server, server.client.read("/v1/version")).unwrap();
     assert_eq!(version.architecture, "arm64");
     let error = run(&server, server.client.post::<()>("/v1/x", &())).unwrap_err();
@@ -104,18 +113,24 @@ fn an_answer_is_read_and_a_refusal_keeps_its_code_and_hint() {
 
 #[test]
 fn a_write_is_sent_again_with_the_same_key() {
-    let server = serve(&[Answer::BreakOff, Answer::Whole(200, "{}"), Answer::Whole(200, "{}")]);
+    let server = serve(&[Answer::Seen("7"), Answer::BreakOff, Answer::Seen("9"), Answer::Seen("9")]);
     let _: serde_json::Value = run(&server, server.client.post("/v1/x", &1)).unwrap();
+    assert!(server.requests.recv().unwrap().starts_with("GET /v1/version "));
     let (first, second) = (server.requests.recv().unwrap(), server.requests.recv().unwrap());
     let key_of_first = key(&first).unwrap().to_owned();
     assert_eq!((key_of_first.len(), key(&second)), (32, Some(key_of_first.as_str())));
+    // The age of a key is from before the first attempt.
+    let has_age = |request: &str, index| request.contains(&format!("idempotency-index: {index}\r\n"));
+    assert!(has_age(&first, 7) && has_age(&second, 7));
     let _: serde_json::Value = run(&server, server.client.post("/v1/x", &1)).unwrap();
-    assert_ne!(key(&server.requests.recv().unwrap()), Some(key_of_first.as_str()));
+    let third = server.requests.recv().unwrap();
+    assert!(key(&third) != Some(key_of_first.as_str()) && has_age(&third, 9));
 }
 
 #[test]
 fn a_lost_answer_is_an_unknown_outcome() {
-    let server = serve(&[Answer::BreakOff; 4]);
+    let server =
+        serve(&[Answer::Seen("1"), Answer::BreakOff, Answer::BreakOff, Answer::BreakOff, Answer::BreakOff]);
     let error = run(&server, server.client.post::<()>("/v1/x", &())).unwrap_err();
     assert_eq!(exit(&error), 4, "{error}");
     let server = serve(&[Answer::BreakOff; 4]);
@@ -125,11 +140,12 @@ fn a_lost_answer_is_an_unknown_outcome() {
 
 #[test]
 fn a_silent_daemon_is_not_waited_for_without_end() {
-    let ask = |method: Method, key: Option<&'static str>| {
+    let ask = |method: Method, id: Option<&str>| {
         let server = serve(&[Answer::Silence]);
         let limit = Duration::from_millis(100);
         let asked = Asked { method, path: "/v1/x", body: Bytes::new(), limit };
-        run(&server, server.client.send(&asked, key)).unwrap_err().exit.number()
+        let key = id.map(|id| Key { id: id.into(), created_index: 0 });
+        run(&server, server.client.send(&asked, key.as_ref())).unwrap_err().exit.number()
     };
     assert_eq!(ask(Method::GET, None), 3);
     assert_eq!(ask(Method::POST, Some("1")), 4);

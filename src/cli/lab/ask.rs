@@ -29,13 +29,18 @@ impl Answer {
 }
 
 pub fn ask(socket: &Path, method: &str, path: &str, body: &[u8]) -> Result<Answer> {
+    ask_with(socket, method, path, "", body)
+}
+
+/// `headers` are whole lines, each with its line end.
+pub fn ask_with(socket: &Path, method: &str, path: &str, headers: &str, body: &[u8]) -> Result<Answer> {
     let mut stream =
         UnixStream::connect(socket).with_context(|| format!("connect to {}", socket.display()))?;
     stream.set_read_timeout(Some(LIMIT))?;
     stream.set_write_timeout(Some(LIMIT))?;
     write!(
         stream,
-        "{method} {path} HTTP/1.1\r\nhost: tinydc\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+        "{method} {path} HTTP/1.1\r\nhost: tinydc\r\nconnection: close\r\n{headers}content-length: {}\r\n\r\n",
         body.len()
     )?;
     stream.write_all(body)?;

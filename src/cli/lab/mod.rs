@@ -9,7 +9,7 @@ mod ask;
 mod image;
 mod lan;
 
-pub use ask::{Answer, ask};
+pub use ask::{Answer, ask, ask_with};
 pub use image::{archive_of, hello_image, image_of, image_with};
 pub use lan::Lan;
 
