@@ -228,8 +228,7 @@ fn parse_address(text: &str) -> Result<Ipv4Addr, ApiError> {
 
 /// `POST /v1/addresses`.
 pub async fn add_address(backend: &Arc<Backend>, request: Request<Incoming>) -> Result<Reply, ApiError> {
-    let mut head = Request::new(());
-    *head.headers_mut() = request.headers().clone();
+    let headers = request.headers().clone();
     let wish: AddressWish = body::parse(request.into_body()).await?;
     let address = parse_address(&wish.address)?;
     let state = backend.reading().await?.state;
@@ -237,7 +236,7 @@ pub async fn add_address(backend: &Arc<Backend>, request: Request<Incoming>) -> 
         check_address(backend, &state, address).await?;
     }
     let command = Command::AddAddress { address };
-    backend.submit(mark_of(backend, &head, &command)?, command).await?;
+    backend.submit(mark_of(&headers, &command)?, command).await?;
     body::done()
 }
 
@@ -295,7 +294,7 @@ pub async fn remove_address(
     request: &Request<Incoming>,
 ) -> Result<Reply, ApiError> {
     let command = Command::RemoveAddress { address: parse_address(text)? };
-    backend.submit(mark_of(backend, request, &command)?, command).await?;
+    backend.submit(mark_of(request.headers(), &command)?, command).await?;
     body::done()
 }
 
