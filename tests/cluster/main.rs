@@ -15,6 +15,7 @@ mod identity;
 mod leftovers;
 mod limits;
 mod local_names;
+mod names;
 mod network;
 mod people;
 mod registry;
@@ -43,6 +44,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     updates::SCENARIOS,
     crashes::SCENARIOS,
     network::SCENARIOS,
+    names::SCENARIOS,
     faults::SCENARIOS,
     renumber::SCENARIOS,
     identity::SCENARIOS,
