@@ -9,6 +9,7 @@
 pub mod artifacts;
 mod health;
 pub mod launch;
+mod lease;
 mod reconcile;
 mod report;
 mod restart;
@@ -16,5 +17,6 @@ mod worker;
 
 pub use artifacts::{Artifacts, FetchArtifactError};
 pub use launch::{Ground, LaunchError, container_id};
+pub use lease::{Lease, keep_leases};
 pub use reconcile::{Local, Presence};
 pub use worker::{Agent, AgentConfig, LiveInstance, Signal, chain};

@@ -296,7 +296,7 @@ impl Worker {
             state,
             node: self.config.node,
             may_start: self.is_caught_up || is_alone,
-            is_alone,
+            has_lease: self.shared.ground.lease.for_start().is_some(),
             now,
         };
         let actions = {

@@ -2,7 +2,7 @@
 
 use super::outgoing::{Carrier, Late, from_bytes};
 use super::{Awaiting, Config, Ended, founding, machine};
-use crate::agent::{Agent, AgentConfig, Artifacts, Ground};
+use crate::agent::{Agent, AgentConfig, Artifacts, Ground, keep_leases};
 use crate::api::wire::{InitReply, JoinDone, TokenRequest};
 use crate::api::{ApiError, Backend, Connection, Server, answer_join, create_token, peer};
 use crate::consensus::{Message, MessageType};
@@ -205,6 +205,12 @@ impl<'a> Run<'a> {
             size: machine::size(),
             software: env!("CARGO_PKG_VERSION").into(),
         }));
+        self.tasks.push(self.executor.spawn(keep_leases(
+            self.node,
+            self.start_id,
+            ground.clone(),
+            self.replica.handle().clone(),
+        )));
         let (leave, leaving) = async_channel::bounded(1);
         let api_listen = self.config.api_listen();
         let backend = Arc::new(Backend {
@@ -286,7 +292,7 @@ impl<'a> Run<'a> {
             Ok(reader)
         });
         let artifacts = Arc::new(Artifacts::new(self.node, runtime.clone(), data_dir.clone(), peers));
-        Ok(Ground { runtime, network, artifacts, data_dir })
+        Ok(Ground { runtime, network, artifacts, data_dir, lease: Arc::default() })
     }
 
     /// Answers whoever asked for `init` or `join`.
