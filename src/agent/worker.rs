@@ -745,15 +745,8 @@ fn sweep_files(ground: &Ground, state: &State) {
         .services
         .rows()
         .flat_map(|service| {
-            let previous = service.previous.iter().flat_map(|previous| {
-                previous.spec.content_digests().into_iter().chain(previous.spec.image.digest.as_ref())
-            });
-            service
-                .spec
-                .content_digests()
-                .into_iter()
-                .chain(service.spec.image.digest.as_ref())
-                .chain(previous)
+            let specs = service.older_specs().map(|older| &older.spec).chain([&service.spec]);
+            specs.flat_map(|spec| spec.content_digests().into_iter().chain(spec.image.digest.as_ref()))
         })
         .collect();
     ground.artifacts.sweep_content(|hex| in_use.iter().any(|digest| digest.hex() == hex));
