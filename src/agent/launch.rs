@@ -4,6 +4,7 @@
 //! that names the step. What was fetched stays; what was half made is made anew at the next try.
 
 use super::artifacts::{Artifacts, FetchArtifactError};
+use super::lease::Lease;
 use crate::model::*;
 use crate::network::{Network, NetworkError};
 use crate::runtime::{
@@ -57,6 +58,8 @@ pub enum LaunchError {
     NoAddress,
     #[error("the state no longer knows the instance")]
     Gone,
+    #[error("exclusive, and no leader confirms that this node is the one to run it")]
+    NoLease,
 }
 
 /// What launching needs of the node.
@@ -66,6 +69,7 @@ pub struct Ground {
     pub network: Arc<Network>,
     pub artifacts: Arc<Artifacts>,
     pub data_dir: PathBuf,
+    pub lease: Arc<Lease>,
 }
 
 /// The container's name on its node.
@@ -111,7 +115,11 @@ impl Ground {
         self.write_files(&container, service, instance, address)?;
         if !matches!(self.runtime.state(&container), ContainerState::Running { .. }) {
             progress("starting".into());
-            self.runtime.start(&container).map_err(LaunchError::Start)?;
+            let lease = match service.spec_of(instance.spec_version).is_exclusive {
+                true => Some(self.lease.for_start().ok_or(LaunchError::NoLease)?),
+                false => None,
+            };
+            self.runtime.start(&container, lease).map_err(LaunchError::Start)?;
         }
         // The state forgets a dead instance; its log must still say whose it is.
         let name = self.runtime.instance_dir(&container).join("logs").join(NAME_FILE);

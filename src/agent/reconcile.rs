@@ -59,8 +59,8 @@ pub struct Situation<'a> {
     pub node: NodeId,
     /// The state here has caught up with a leader's, or none came for a minute.
     pub may_start: bool,
-    /// No leader was heard: exclusive instances must not be started.
-    pub is_alone: bool,
+    /// A leader has confirmed lately that exclusive instances may run here.
+    pub has_lease: bool,
     pub now: Mono,
 }
 
@@ -100,7 +100,7 @@ fn next(situation: &Situation<'_>, instance: &Instance, local: &Local) -> Option
         (Desired::Run, Presence::Running) => None,
         (Desired::Run, Presence::Absent | Presence::Stopped) => {
             let service = situation.state.services.find(&instance.service)?;
-            let is_held = situation.is_alone && service.spec.is_exclusive;
+            let is_held = !situation.has_lease && service.spec_of(instance.spec_version).is_exclusive;
             // What the state knows as ended stays so, also for a daemon that has just started.
             let is_held = is_held || instance.observed.phase.is_final();
             let may = situation.may_start && !is_held && local.restarts.is_due(situation.now);
@@ -170,7 +170,7 @@ mod tests {
     }
 
     fn situation(state: &State, may_start: bool) -> Situation<'_> {
-        Situation { state, node: NodeId(1), may_start, is_alone: false, now: Mono(1000) }
+        Situation { state, node: NodeId(1), may_start, has_lease: true, now: Mono(1000) }
     }
 
     #[test]
@@ -181,6 +181,19 @@ mod tests {
         assert_eq!(reconcile(&situation(&applier.state, true), &locals), [(id, Action::Launch)]);
         let busy = [(id, Local { is_busy: true, ..Local::default() })].into();
         assert_eq!(reconcile(&situation(&applier.state, true), &busy), []);
+    }
+
+    #[test]
+    fn an_exclusive_instance_is_launched_only_with_a_lease() {
+        let (mut applier, id) = one_instance();
+        let launches = |state: &State, has_lease| {
+            let situation = Situation { has_lease, ..situation(state, true) };
+            reconcile(&situation, &BTreeMap::new()) == [(id, Action::Launch)]
+        };
+        assert!(launches(&applier.state, false));
+        let service = applier.state.services.rows().next().unwrap().id;
+        applier.state.services.update(&service, |service| service.spec.is_exclusive = true);
+        assert!(!launches(&applier.state, false) && launches(&applier.state, true));
     }
 
     #[test]

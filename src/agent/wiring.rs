@@ -196,6 +196,7 @@ mod tests {
             spec,
             spec_version: 1,
             previous: None,
+            superseded: Vec::new(),
             update: Update::Done,
             vip: Ipv4Addr::new(10, 78, 0, id as u8),
             was_started: true,

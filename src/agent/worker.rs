@@ -347,7 +347,7 @@ impl Worker {
             state,
             node: self.config.node,
             may_start: self.is_caught_up || is_alone,
-            is_alone,
+            has_lease: self.shared.ground.lease.for_start().is_some(),
             now,
         };
         let actions = {
@@ -755,15 +755,8 @@ fn sweep_files(ground: &Ground, state: &State) {
         .services
         .rows()
         .flat_map(|service| {
-            let previous = service.previous.iter().flat_map(|previous| {
-                previous.spec.content_digests().into_iter().chain(previous.spec.image.digest.as_ref())
-            });
-            service
-                .spec
-                .content_digests()
-                .into_iter()
-                .chain(service.spec.image.digest.as_ref())
-                .chain(previous)
+            let specs = service.older_specs().map(|older| &older.spec).chain([&service.spec]);
+            specs.flat_map(|spec| spec.content_digests().into_iter().chain(spec.image.digest.as_ref()))
         })
         .collect();
     ground.artifacts.sweep_content(|hex| in_use.iter().any(|digest| digest.hex() == hex));

@@ -288,7 +288,8 @@ fn sign(backend: &Backend, state: &State, asked: &JoinRequest) -> Result<Signed,
     };
     let ca_key = key.unseal(CA_KEY_PURPOSE, &cluster.sealed_ca_key).map_err(|error| error.to_string())?;
     let authority = Authority::load(membership.authority, &ca_key).map_err(|error| error.to_string())?;
-    let now_seconds = state.time().0 / 1000;
+    let now = backend.replica.cluster_time();
+    let now_seconds = now.0 / 1000;
     let certificate = match &asked.subject {
         JoinSubject::Node(_) => authority.sign_node(asked.public_key),
         JoinSubject::Person { .. } => match state.tokens.find(&asked.token_id).map(|token| &token.kind) {
@@ -302,7 +303,7 @@ fn sign(backend: &Backend, state: &State, asked: &JoinRequest) -> Result<Signed,
         },
     };
     let certificate = certificate.map_err(|error| error.to_string())?.to_vec();
-    Ok(Signed { certificate, expires_at: state.time().plus_ms(OPERATOR_MS) })
+    Ok(Signed { certificate, expires_at: now.plus_ms(OPERATOR_MS) })
 }
 
 /// Under which the CA's key is sealed in the state.

@@ -11,14 +11,17 @@ use futures_lite::{AsyncRead, AsyncWrite};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper::{Request, StatusCode};
-use smol_hyper::rt::FuturesIo;
+use smol_hyper::rt::{FuturesIo, SmolTimer};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 /// Connections at once; each holds a few kB and a file descriptor.
 const CONNECTIONS_MAX: usize = 256;
 const STRANGERS_MAX: usize = 16;
+/// For the whole header of the next request: a connection on which nothing is asked gives its place back.
+const HEADER_LIMIT: Duration = Duration::from_secs(30);
 const HEADER_BYTES_MAX: usize = 32 << 10;
 
 /// Who asks.
@@ -54,12 +57,14 @@ impl Server {
         match &peer.role {
             // A node speaks over QUIC; its certificate is no operator's.
             Role::Node => Caller::Stranger,
-            Role::Operator { .. } | Role::Viewer { .. } => match state.role_of(&peer.public_key) {
-                Some((name, role)) => {
-                    Caller::User { name: name.into(), is_operator: role == crate::state::Role::Operator }
+            Role::Operator { .. } | Role::Viewer { .. } => {
+                match state.role_of(&peer.public_key, self.backend.replica.cluster_time()) {
+                    Some((name, role)) => {
+                        Caller::User { name: name.into(), is_operator: role == crate::state::Role::Operator }
+                    }
+                    None => Caller::Stranger,
                 }
-                None => Caller::Stranger,
-            },
+            }
         }
     }
 
@@ -86,6 +91,8 @@ impl Server {
                 answer(self.backend.clone(), caller, request)
             });
             let connection = hyper::server::conn::http1::Builder::new()
+                .timer(SmolTimer::new())
+                .header_read_timeout(HEADER_LIMIT)
                 .max_buf_size(HEADER_BYTES_MAX)
                 .serve_connection(FuturesIo::new(stream), service)
                 .with_upgrades();

@@ -1,7 +1,7 @@
 //! Cluster time: the last applied stamp plus what the monotonic clock has gone on since.
 //!
 //! A wall clock moves it forward, never back, and only one that is synchronised; a jump of more than a day needs a
-//! second node whose clock agrees.
+//! second node whose clock agrees, where there is one.
 
 use super::Now;
 use crate::model::{Mono, NodeId, Timestamp};
@@ -36,14 +36,16 @@ impl ClusterClock {
         };
     }
 
-    pub fn tick(&mut self, now: Now) {
+    /// `members`: a cluster of one has nobody to ask, and may have been founded on a board without a clock.
+    pub fn tick(&mut self, now: Now, members: usize) {
         let Some(wall) = now.wall else { return };
         let estimate = self.estimate(now.mono);
         let jump_ms = wall.since_ms(estimate);
         let agrees = |peer: &Timestamp| peer.since_ms(wall).max(wall.since_ms(*peer)) < JUMP_MS_MAX;
+        let is_confirmed = members <= 1 || self.peers.values().any(agrees);
         // Before the first entry there is no cluster time to protect.
         let is_first = self.stamp == Timestamp(0);
-        if jump_ms > 0 && (is_first || jump_ms < JUMP_MS_MAX || self.peers.values().any(agrees)) {
+        if jump_ms > 0 && (is_first || jump_ms < JUMP_MS_MAX || is_confirmed) {
             self.stamp = wall;
             self.stamped_at = now.mono;
         }
@@ -56,5 +58,26 @@ impl ClusterClock {
     /// Never behind what has been applied.
     pub fn now(&self, now: Now, state: &State) -> Timestamp {
         self.estimate(now.mono).max(state.time())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_jump_of_more_than_a_day_needs_a_second_node_where_there_is_one() {
+        let (founded, today) = (Timestamp(1_000), Timestamp(1_800_000_000_000));
+        let now = Now { mono: Mono(5_000), wall: Some(today) };
+        let after = |members, other: Option<Timestamp>| {
+            let mut clock = ClusterClock::new(founded, now);
+            clock.hear(NodeId(2), other);
+            clock.tick(now, members);
+            clock.estimate(now.mono)
+        };
+        assert_eq!(after(2, None), founded);
+        assert_eq!(after(2, Some(founded)), founded);
+        assert_eq!(after(2, Some(today.plus_ms(1_000))), today);
+        assert_eq!(after(1, None), today);
     }
 }

@@ -250,7 +250,7 @@ impl Control {
 
     fn tick(&mut self, now: Now, figures: Figures, out: &mut Vec<Output>) {
         self.driver.tick();
-        self.clock.tick(now);
+        self.clock.tick(now, self.state.nodes.len());
         self.liveness.note_leader(self.driver.leader(), now.mono);
         if let Some(alive) = self.liveness.tick(now, figures) {
             out.push(Output::Broadcast(alive));

@@ -1,4 +1,10 @@
-//! Whether the system's clock is synchronised, as the kernel was told by whatever keeps it.
+//! Whether the system's clock is synchronised, as the kernel was told by whatever keeps it, and how long it runs.
+
+/// Milliseconds since boot, suspended time included: the same for all processes of a machine.
+pub fn boot_ms() -> u64 {
+    let since = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    since.tv_sec as u64 * 1000 + since.tv_nsec as u64 / 1_000_000
+}
 
 /// False when nothing disciplines the clock, or the kernel won't say.
 pub fn is_synchronised() -> bool {

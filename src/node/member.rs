@@ -2,7 +2,7 @@
 
 use super::outgoing::{Carrier, Late, from_bytes};
 use super::{Awaiting, Config, Ended, founding, machine};
-use crate::agent::{Agent, AgentConfig, Artifacts, Ground};
+use crate::agent::{Agent, AgentConfig, Artifacts, Ground, keep_leases};
 use crate::api::wire::{InitReply, JoinDone, TokenRequest};
 use crate::api::{ApiError, Backend, Connection, Server, answer_join, create_token, peer};
 use crate::consensus::{Message, MessageType};
@@ -217,6 +217,12 @@ impl<'a> Run<'a> {
             broadcast: broadcast(self.transport.clone()),
             holdable: self.holdable.clone(),
         }));
+        self.tasks.push(self.executor.spawn(keep_leases(
+            self.node,
+            self.start_id,
+            ground.clone(),
+            self.replica.handle().clone(),
+        )));
         let (leave, leaving) = async_channel::bounded(1);
         let api_listen = self.config.api_listen();
         let backend = Arc::new(Backend {
@@ -300,7 +306,7 @@ impl<'a> Run<'a> {
             Ok(reader)
         });
         let artifacts = Arc::new(Artifacts::new(self.node, runtime.clone(), data_dir.clone(), peers));
-        Ok(Ground { runtime, network, artifacts, data_dir })
+        Ok(Ground { runtime, network, artifacts, data_dir, lease: Arc::default() })
     }
 
     /// Answers whoever asked for `init` or `join`.
@@ -443,7 +449,8 @@ impl Gate {
         let feature_level = state.cluster().map_or(0, |cluster| cluster.feature_level);
         admit(&AdmissionTable { feature_level, members, removed }, claim, now_ms)?;
         let hello = &claim.hello;
-        let index = heard.get(&hello.node_id).map_or(0, |last| last.3).max(hello.last_index);
+        // The end of the log that it greets with counts for nothing yet: its last entries may not be committed.
+        let index = heard.get(&hello.node_id).map_or(0, |last| last.3);
         heard.insert(hello.node_id, (hello.start_id, now_ms, hello.fingerprint, index));
         Ok(())
     }
@@ -452,13 +459,19 @@ impl Gate {
 impl Gate {
     /// Remembers how far a peer's log reaches by its own word, so that an older copy of it is known as such.
     fn note_acknowledged(&self, peer: NodeId, message: &Message) {
-        if message.msg_type == MessageType::MsgAppendResponse && !message.reject {
-            let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(last) = heard.get_mut(&peer) {
-                last.3 = last.3.max(message.index);
-            }
+        let Some(index) = kept_for_good(message) else { return };
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(last) = heard.get_mut(&peer) {
+            last.3 = last.3.max(index);
         }
     }
+}
+
+/// Up to where the sender's log is on its disk and committed: what is not may still be cut off by a new leader, and a
+/// log that is shorter afterwards is no old backup.
+fn kept_for_good(message: &Message) -> Option<u64> {
+    let is_acknowledgement = message.msg_type == MessageType::MsgAppendResponse && !message.reject;
+    is_acknowledgement.then(|| message.index.min(message.commit))
 }
 
 /// Takes what comes from peers, in order, to where it belongs.
@@ -649,5 +662,21 @@ async fn accept_tls(
                 async_io::Timer::after(Duration::from_millis(100)).await;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_that_may_be_cut_off_is_not_held_against_a_node() {
+        let said = |msg_type, index, commit, reject| {
+            kept_for_good(&Message { msg_type, index, commit, reject, ..Message::default() })
+        };
+        assert_eq!(said(MessageType::MsgAppendResponse, 9, 7, false), Some(7));
+        assert_eq!(said(MessageType::MsgAppendResponse, 9, 12, false), Some(9));
+        assert_eq!(said(MessageType::MsgAppendResponse, 9, 9, true), None);
+        assert_eq!(said(MessageType::MsgHeartbeatResponse, 9, 9, false), None);
     }
 }

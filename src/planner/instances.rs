@@ -80,7 +80,11 @@ fn plan_slot(
                     .iter()
                     .any(|other| other.id != instance.id && dead(state, service, other, now).is_none());
                 remove(instance, steps);
-                if !has_other {
+                // Its node still answers: the old copy must have gone before an exclusive one may start elsewhere.
+                let is_here = instance.node.and_then(|node| state.nodes.find(&node));
+                let runs_on =
+                    service.spec.is_exclusive && is_here.is_some_and(|node| node.condition == Condition::Up);
+                if !has_other && !runs_on {
                     steps.push(create(service, slot, instance.spec_version));
                 }
             }
@@ -108,11 +112,15 @@ fn dead(state: &State, service: &Service, instance: &Instance, now: Timestamp) -
         if has_data {
             return Some(Dead::Wait);
         }
-        let down_for_ms = node.losses.last().map_or(u64::MAX, |at| now.since_ms(*at));
-        let must_wait = service.spec.is_exclusive && down_for_ms < EXCLUSIVE_WAIT_MS;
-        return Some(if must_wait { Dead::Wait } else { Dead::Replace });
+        let may_run = service.spec_of(instance.spec_version).is_exclusive && may_hold_lease(node, now);
+        return Some(if may_run { Dead::Wait } else { Dead::Replace });
     }
     (node.is_drained && !has_data).then_some(Dead::Replace)
+}
+
+/// Whether an exclusive container on a node that is down may still be running.
+fn may_hold_lease(node: &Node, now: Timestamp) -> bool {
+    node.losses.last().is_some_and(|at| now.since_ms(*at) < EXCLUSIVE_WAIT_MS)
 }
 
 pub fn remove(instance: &Instance, steps: &mut Vec<PlanStep>) {
@@ -128,10 +136,15 @@ pub fn create(service: &Service, slot: u32, spec_version: u64) -> PlanStep {
 
 /// Instances to be removed whose node cannot say that they are gone: a returning node removes what the state no
 /// longer knows.
-pub fn plan_orphans(state: &State, steps: &mut Vec<PlanStep>) {
+pub fn plan_orphans(state: &State, now: Timestamp, steps: &mut Vec<PlanStep>) {
     for instance in state.instances.rows().filter(|instance| instance.desired == Desired::Remove) {
         let is_unreachable = match instance.node.and_then(|node| state.nodes.find(&node)) {
-            Some(node) => node.condition == Condition::Down,
+            Some(node) => {
+                let service = state.services.find(&instance.service);
+                let is_exclusive =
+                    service.is_some_and(|service| service.spec_of(instance.spec_version).is_exclusive);
+                node.condition == Condition::Down && !(is_exclusive && may_hold_lease(node, now))
+            }
             None => true,
         };
         if is_unreachable {

@@ -40,7 +40,7 @@ pub fn plan(state: &State, heard: &HeardNodes, now: Timestamp) -> Vec<PlanStep> 
     for service in state.services.rows() {
         instances::plan_service(state, service, now, &mut steps);
     }
-    instances::plan_orphans(state, &mut steps);
+    instances::plan_orphans(state, now, &mut steps);
     placement::plan_assignments(state, heard, now, &mut steps);
     steps.truncate(STEPS_MAX);
     steps

@@ -178,3 +178,44 @@ fn a_drained_node_keeps_nothing() {
     settle(&mut applier, Phase::Running);
     assert_eq!(by_node(&applier), [(1, 2)].into());
 }
+
+#[test]
+fn an_exclusive_instance_is_gone_before_another_one_is_made() {
+    let exclusive = || {
+        let mut applier = Applier::with_nodes(2);
+        applier.deploy("shop", &[("db", ServiceSpec { is_exclusive: true, ..spec("1") })]);
+        settle(&mut applier, Phase::Running);
+        let row = applier.state.instances.rows().next().unwrap();
+        let (id, node) = (row.id, row.node.unwrap());
+        (applier, id, node)
+    };
+    // Drained: the node lives and says when it is gone.
+    let (mut applier, _, node) = exclusive();
+    applier.must(Command::DrainNode { node, is_drained: true });
+    for _ in 0..3 {
+        let steps = plan(&applier.state, &heard(), applier.state.time());
+        if !steps.is_empty() {
+            applier.must(Command::Plan { steps });
+        }
+        assert_eq!(applier.state.instances.len(), 1, "two at once");
+    }
+    settle(&mut applier, Phase::Running);
+    assert!(!by_node(&applier).contains_key(&node.0) && applier.state.instances.len() == 1);
+    // Its node is lost, also while the old one is being stopped: the lease must be over first.
+    for is_being_stopped in [false, true] {
+        let (mut applier, id, node) = exclusive();
+        if is_being_stopped {
+            applier.must(Command::DrainNode { node, is_drained: true });
+            let steps = plan(&applier.state, &heard(), applier.state.time());
+            applier.must(Command::Plan { steps });
+        }
+        let start_id = applier.state.nodes.find(&node).unwrap().start_id;
+        applier.must(Command::MarkNodeDown { node, start_id });
+        pass(&mut applier, 10);
+        assert_eq!(plan(&applier.state, &heard(), applier.state.time()), Vec::new());
+        assert!(applier.state.instances.contains(&id));
+        pass(&mut applier, 5);
+        settle(&mut applier, Phase::Running);
+        assert!(!applier.state.instances.contains(&id) && applier.state.instances.len() == 1);
+    }
+}

@@ -16,8 +16,10 @@ pub use thread::{Outgoing, Replica, ReplicaConfig, ReplicaError};
 pub use wire::{EndpointHint, PeerFrame, SnapshotHeader, WireError};
 
 use crate::control::{Applied, Input, Status, Undone};
+use crate::model::Timestamp;
 use crate::state::{Command, RequestMark, State};
 use std::sync::Arc;
+use std::time::Instant;
 
 /// What waits for the control thread; beyond it senders wait.
 const INBOX_MAX: usize = 4096;
@@ -69,6 +71,11 @@ impl Handle {
     /// The newest state this node has: it may be behind the cluster's.
     pub fn state(&self) -> Arc<State> {
         self.published.newest().state.clone()
+    }
+
+    /// Cluster time as this node has it: also while no entry comes.
+    pub fn cluster_time(&self) -> Timestamp {
+        self.published.cluster_time(Instant::now())
     }
 
     pub fn published(&self) -> &Arc<Published> {

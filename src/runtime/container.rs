@@ -15,7 +15,7 @@ use std::time::Duration;
 use super::bundle::{BundleError, ContainerId, ContainerSpec, Seed, Surroundings, oci_spec};
 use super::logs::{self, LogError, LogReader, LogRequest};
 use super::rootfs::{Rootfs, RootfsError};
-use super::shim::{ExitRecord, LaunchArguments, RECORD_FILE, STATUS_FD, ShimRecord, boot_id};
+use super::shim::{ExitRecord, LaunchArguments, LeaseEnd, RECORD_FILE, STATUS_FD, ShimRecord, boot_id};
 use super::user::{self, UserError};
 use super::{Runtime, images::tree};
 use crate::linux::cgroup::{CgroupError, Usage};
@@ -223,8 +223,9 @@ impl Runtime {
         serde_json::from_slice(&text).map_err(|source| ContainerError::BadSpec { id: id.clone(), source })
     }
 
-    /// Starts a container, for the first time or again; its writable layer stays. Returns once its program runs.
-    pub fn start(&self, id: &ContainerId) -> Result<ProcessId, ContainerError> {
+    /// Starts a container, for the first time or again; its writable layer stays. Returns once its program runs. With a
+    /// lease it is killed at its end unless that is moved on.
+    pub fn start(&self, id: &ContainerId, lease: Option<LeaseEnd>) -> Result<ProcessId, ContainerError> {
         let spec = self.spec(id)?;
         let places = self.places(id);
         match self.state_in(&places) {
@@ -239,7 +240,7 @@ impl Runtime {
         fs::create_dir_all(&places.run).map_err(|source| failed("create", &places.run, source))?;
         let config = places.run.join("config.json");
         self.describe(&places, &spec)?.save(&config).map_err(BundleError::from)?;
-        let started = self.launch(id, &places);
+        let started = self.launch(id, &places, lease);
         if started.is_err() {
             let _ = self.clear_last_run(id, &places);
             let _ = fs::remove_file(places.run.join(RECORD_FILE));
@@ -268,13 +269,28 @@ impl Runtime {
         Ok(())
     }
 
-    fn launch(&self, id: &ContainerId, places: &Places) -> Result<ProcessId, ContainerError> {
+    /// Moves the end of a lease. A container that does not run is no error: it needs none.
+    pub fn renew_lease(&self, id: &ContainerId, end: LeaseEnd) -> Result<(), ContainerError> {
+        if !matches!(self.state(id), ContainerState::Running { .. }) {
+            return Ok(());
+        }
+        let run = self.places(id).run;
+        end.send(&run).map_err(|source| failed("renew the lease in", &run, source))
+    }
+
+    fn launch(
+        &self,
+        id: &ContainerId,
+        places: &Places,
+        lease: Option<LeaseEnd>,
+    ) -> Result<ProcessId, ContainerError> {
         let arguments = LaunchArguments {
             id: id.as_str().to_owned(),
             run: places.run.clone(),
             states: self.states_dir(),
             logs: places.logs.clone(),
             cgroup: self.cgroup_path(id),
+            lease,
         };
         let (status, theirs) = socket::message_pair().map_err(ContainerError::SpawnShim)?;
         let mut command = self.shim_command(arguments.to_words());

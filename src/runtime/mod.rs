@@ -35,7 +35,7 @@ pub use container::{
     ContainerEnd, ContainerError, ContainerState, ContainerStatus, ExitWatch, KeepLogs, Swept,
 };
 pub use exec::{CheckEnd, CheckResult, ExecError, ExecHandle, ExecRequest, ExecStreams};
-pub use shim::{ExitRecord, shim_main};
+pub use shim::{ExitRecord, LeaseEnd, shim_main};
 
 use crate::linux::cgroup::{CgroupError, Cgroups};
 use crate::linux::process;

@@ -191,6 +191,7 @@ fn put_service(
             spec: spec.clone(),
             spec_version: 1,
             previous: None,
+            superseded: Vec::new(),
             update: Update::Rolling { since: now },
             vip,
             was_started: false,
@@ -224,8 +225,10 @@ fn replace_spec(service: &mut Service, spec: ServiceSpec, now: Timestamp) {
     let old = std::mem::replace(&mut service.spec, spec);
     // A deploy over a failed update goes on from what still serves, not from what never worked.
     let keeps_previous = !matches!(service.update, Update::Done) && service.previous.is_some();
-    if !keeps_previous {
-        service.previous = Some(Box::new(PreviousSpec { spec: old, spec_version: service.spec_version }));
+    let old = PreviousSpec { spec: old, spec_version: service.spec_version };
+    match keeps_previous {
+        true => service.superseded.push(old),
+        false => service.previous = Some(Box::new(old)),
     }
     service.spec_version += 1;
     service.update = Update::Rolling { since: now };
@@ -334,6 +337,7 @@ pub fn sweep_removed(state: &mut State) {
     for id in unplaced {
         state.instances.remove(&id);
     }
+    prune_specs(state);
     let services: Vec<ServiceId> = state
         .services
         .rows()
@@ -361,6 +365,18 @@ pub fn sweep_removed(state: &mut State) {
         .collect();
     for key in volumes {
         state.volumes.remove(&key);
+    }
+}
+
+/// Lets go of specifications that no instance has any more.
+fn prune_specs(state: &mut State) {
+    let services: Vec<ServiceId> =
+        state.services.rows().filter(|row| !row.superseded.is_empty()).map(|row| row.id).collect();
+    for id in services {
+        let versions: BTreeSet<u64> = state.instances_of(id).map(|instance| instance.spec_version).collect();
+        state
+            .services
+            .update(&id, |row| row.superseded.retain(|older| versions.contains(&older.spec_version)));
     }
 }
 

@@ -438,9 +438,8 @@ pub fn remove_user(state: &mut State, name: &str) -> Outcome {
 }
 
 impl State {
-    /// The role of an operator's key at cluster time; `None` if unknown, removed or past its end.
-    pub fn role_of(&self, key: &PublicKey) -> Option<(&str, Role)> {
-        let now = self.time();
+    /// The role of an operator's key at a cluster time; `None` if unknown, removed or past its end.
+    pub fn role_of(&self, key: &PublicKey, now: Timestamp) -> Option<(&str, Role)> {
         self.users
             .rows()
             .find(|user| user.keys.get(key).is_some_and(|end| *end > now))

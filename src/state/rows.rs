@@ -67,6 +67,8 @@ pub struct Service {
     pub spec_version: u64,
     /// What ran before, while an instance of it may still run.
     pub previous: Option<Box<PreviousSpec>>,
+    /// Versions that were deployed over before their update was done, each while an instance still has it.
+    pub superseded: Vec<PreviousSpec>,
     pub update: Update,
     pub vip: Ipv4Addr,
     /// Ever since it was made: for `depends_on` of others.
@@ -102,10 +104,13 @@ pub enum Update {
 impl Service {
     /// The specification an instance of this version runs.
     pub fn spec_of(&self, spec_version: u64) -> &ServiceSpec {
-        match &self.previous {
-            Some(previous) if previous.spec_version == spec_version => &previous.spec,
-            _ => &self.spec,
-        }
+        let older = self.older_specs().find(|older| older.spec_version == spec_version);
+        older.map_or(&self.spec, |older| &older.spec)
+    }
+
+    /// What other instances than those of the current version may run.
+    pub fn older_specs(&self) -> impl Iterator<Item = &PreviousSpec> {
+        self.previous.as_deref().into_iter().chain(&self.superseded)
     }
 }
 

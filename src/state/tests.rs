@@ -371,3 +371,33 @@ fn golden_bytes_of_entries() {
     }
     assert!(Envelope::decode(&[9, 0]).is_err(), "an unknown format must stop the node");
 }
+
+#[test]
+fn an_instance_keeps_its_specification_while_newer_ones_are_deployed() {
+    let mut applier = Applier::with_nodes(1);
+    let deploy = |applier: &mut Applier, version: &str| applier.deploy("shop", &[("web", spec(version))]);
+    deploy(&mut applier, "1");
+    let service = applier.state.services.rows().next().unwrap().id;
+    let create = |applier: &mut Applier, spec_version| {
+        let service_version = applier.state.services.find(&service).unwrap().version;
+        let slot = spec_version as u32;
+        let step = PlanStep::CreateInstance { service, service_version, slot, spec_version };
+        applier.must(Command::Plan { steps: vec![step] });
+    };
+    create(&mut applier, 1);
+    for version in 2..=4 {
+        deploy(&mut applier, &version.to_string());
+        create(&mut applier, version);
+    }
+    let row = applier.state.services.find(&service).unwrap();
+    for version in 1..=4 {
+        assert_eq!(row.spec_of(version).image, spec(&version.to_string()).image, "version {version}");
+    }
+    assert_eq!(row.superseded.iter().map(|older| older.spec_version).collect::<Vec<_>>(), [2, 3]);
+    // Its last instance gone, the middle one is forgotten; the others stay.
+    let instance = applier.state.instances.rows().find(|row| row.spec_version == 2).unwrap();
+    let (id, version) = (instance.id, instance.version);
+    applier.must(Command::Plan { steps: vec![PlanStep::Forget { instance: id, instance_version: version }] });
+    let row = applier.state.services.find(&service).unwrap();
+    assert_eq!(row.superseded.iter().map(|older| older.spec_version).collect::<Vec<_>>(), [3]);
+}

@@ -2,7 +2,7 @@
 
 use super::Scenario;
 use super::stage::{Stage, throughout, until, web};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use std::time::{Duration, Instant};
 use tinydc::cli::lab;
 
@@ -20,6 +20,13 @@ pub const SCENARIOS: &[Scenario] = &[
                  and its app serves on",
         machines: 3,
         run: no_quorum,
+    },
+    Scenario {
+        name: "exclusive",
+        proves: "an exclusive service is dead on a node that was cut off, or whose daemon was killed, before another \
+                 node starts it; nothing else ends it",
+        machines: 3,
+        run: exclusive,
     },
 ];
 
@@ -111,4 +118,58 @@ fn no_quorum(stage: &mut Stage) -> Result<()> {
         stage.cli_refused(last, &["node", "label", "pi1", "a=b"], 4)?;
     }
     Ok(())
+}
+
+fn exclusive(stage: &mut Stage) -> Result<()> {
+    stage.form(3)?;
+    let yaml = web(8080, 1, "only").replacen("  web:\n", "  web:\n    x-tinydc: {exclusive: true}\n", 1);
+    stage.deploy(0, "one", &yaml)?;
+    stage.wait_up(0, "one", 1, Duration::from_secs(10))?;
+    let before = stage.pids(0, "one")?;
+    throughout("it runs on past its lease", Duration::from_secs(12), || Ok(stage.pids(0, "one")? == before))?;
+    let cut = holder(stage)?;
+    stage.lab.lan.cut(stage.lab.nodes[cut].number)?;
+    let begin = Instant::now();
+    let next = moved(stage, cut)?;
+    stage.note("cut off → runs elsewhere, the old one dead before", begin);
+    stage.lab.lan.mend(stage.lab.nodes[cut].number)?;
+    let runs_once = |stage: &Stage| -> Result<bool> {
+        let pids = (0..3).map(|index| stage.lab.nodes[index].container_pids());
+        let pids = pids.collect::<Result<Vec<_>>>()?;
+        Ok(pids.iter().filter(|pids| !pids.is_empty()).count() == 1)
+    };
+    throughout("one copy after the mend", Duration::from_secs(4), || runs_once(stage))?;
+    stage.lab.nodes[next].kill_daemon()?;
+    ensure!(!stage.lab.nodes[next].container_pids()?.is_empty(), "containers outlive the daemon at first");
+    let begin = Instant::now();
+    moved(stage, next)?;
+    stage.note("daemon killed → runs elsewhere, the old one dead before", begin);
+    Ok(())
+}
+
+/// The machine whose kernel runs a container.
+fn holder(stage: &Stage) -> Result<usize> {
+    for index in 0..3 {
+        if !stage.lab.nodes[index].container_pids()?.is_empty() {
+            return Ok(index);
+        }
+    }
+    anyhow::bail!("no machine runs a container")
+}
+
+/// Watches all kernels until another machine runs the service; two at a time are an error.
+fn moved(stage: &Stage, from: usize) -> Result<usize> {
+    let mut to = None;
+    until("it runs elsewhere", Duration::from_secs(30), || {
+        let is_old_alive = !stage.lab.nodes[from].container_pids()?.is_empty();
+        for index in (0..3).filter(|index| *index != from) {
+            if !stage.lab.nodes[index].container_pids()?.is_empty() {
+                to = Some((index, is_old_alive));
+            }
+        }
+        Ok(to.is_some())
+    })?;
+    let (to, is_old_alive) = to.context("it runs elsewhere")?;
+    ensure!(!is_old_alive, "two copies at a time");
+    Ok(to)
 }

@@ -36,6 +36,12 @@ pub const SCENARIOS: &[Scenario] = &[
         machines: 3,
         run: stranger,
     },
+    Scenario {
+        name: "idle-connections",
+        proves: "a connection on which no request comes, or half of one, gives its place back after 30 s",
+        machines: 1,
+        run: idle_connections,
+    },
 ];
 
 /// One entry of a tar with any name at all, which the library would refuse to write.
@@ -231,4 +237,27 @@ fn foreign_certificate(stage: &Stage, address: Ipv4Addr) -> Result<String> {
         })
     })?;
     Ok(said)
+}
+
+fn idle_connections(stage: &mut Stage) -> Result<()> {
+    use std::io::{Read, Write};
+    stage.form(1)?;
+    let socket = stage.lab.nodes[0].socket();
+    let begin = Instant::now();
+    let mut streams = Vec::new();
+    for sent in ["", "GET /v1/version HTTP/1.1\r\nhost: ", "GET /v1/version HTTP/1.1\r\nhost: x\r\n\r\n"] {
+        let mut stream = std::os::unix::net::UnixStream::connect(&socket)?;
+        stream.write_all(sent.as_bytes())?;
+        stream.set_read_timeout(Some(Duration::from_secs(45)))?;
+        streams.push((sent, stream));
+    }
+    for (sent, mut stream) in streams {
+        let mut answer = Vec::new();
+        let ended = stream.read_to_end(&mut answer);
+        ensure!(ended.is_ok(), "after {sent:?} the connection stays open");
+        let took = begin.elapsed();
+        ensure!(took > Duration::from_secs(25), "after {sent:?} it ended in {took:?} already");
+    }
+    stage.note("connections without a request ended", begin);
+    stage.lab.nodes[0].get("/v1/version").map(drop)
 }

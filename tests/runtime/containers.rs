@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use tinydc::runtime::{
     Access, Bind, CheckEnd, ContainerEnd, ContainerId, ContainerSpec, ContainerState, ExecRequest,
-    ExecStreams, KeepLogs, Runtime, RuntimeConfig, Seed, Tmpfs,
+    ExecStreams, KeepLogs, LeaseEnd, Runtime, RuntimeConfig, Seed, Tmpfs,
 };
 
 use crate::node::{Node, add_file, busybox_layer, docker_archive, eventually};
@@ -29,7 +29,7 @@ fn a_container_can_be_started_again_with_what_it_wrote() {
     let id = node.run(&node.spec("again", "cat /tmp/count; echo x >>/tmp/count; echo done"));
     node.end(&id);
     for _ in 0..2 {
-        node.runtime.start(&id).unwrap();
+        node.runtime.start(&id, None).unwrap();
         node.end(&id);
     }
     assert_eq!(node.lines(&id).iter().filter(|line| *line == "x").count(), 3, "{:?}", node.lines(&id));
@@ -103,7 +103,7 @@ fn start_and_wait_to_be_killed(text: &str) {
     };
     let runtime = Runtime::open(config).unwrap();
     for status in runtime.list().unwrap() {
-        runtime.start(&status.id).unwrap();
+        runtime.start(&status.id, None).unwrap();
     }
     std::thread::sleep(Duration::from_secs(600));
 }
@@ -119,7 +119,7 @@ fn a_killed_shim_leaves_no_container_behind() {
     eventually("the shim is gone", || node.runtime.state(&id) == ContainerState::Lost);
     node.runtime.adopt().unwrap();
     eventually("the container is gone", || !main.is_alive());
-    node.runtime.start(&id).unwrap();
+    node.runtime.start(&id, None).unwrap();
     assert!(matches!(node.runtime.state(&id), ContainerState::Running { .. }), "it can be started again");
 }
 
@@ -282,7 +282,7 @@ fn a_container_sees_a_world_of_its_own() {
     spec.hostname = "web-host".into();
     node.runtime.create(&spec).unwrap();
     std::fs::write(node.runtime.instance_dir(&spec.id).join("hosts"), "10.0.0.1 friend\n").unwrap();
-    node.runtime.start(&spec.id).unwrap();
+    node.runtime.start(&spec.id, None).unwrap();
     node.end(&spec.id);
     let lines = node.lines(&spec.id);
     let plain: Vec<&String> = lines.iter().filter(|line| !line.starts_with('!')).collect();
@@ -332,7 +332,7 @@ fn what_cannot_start_says_why_and_leaves_nothing() {
     let mut spec = node.spec("fail", "");
     spec.command = Some(vec!["/no/such/program".into()]);
     node.runtime.create(&spec).unwrap();
-    let error = node.runtime.start(&spec.id).unwrap_err().to_string();
+    let error = node.runtime.start(&spec.id, None).unwrap_err().to_string();
     assert!(error.contains("/no/such/program"), "{error}");
     assert_eq!(node.runtime.state(&spec.id), ContainerState::Created);
     spec.id = ContainerId::parse("nouser").unwrap();
@@ -449,4 +449,35 @@ fn an_image_of_127_layers_runs() {
     let config = node.runtime.images().config(&image).unwrap().config;
     let id = node.run(&ContainerSpec::new(ContainerId::parse("deep").unwrap(), config, image.layers));
     assert_eq!((node.end(&id).code, node.lines(&id)), (0, vec!["126".to_owned()]));
+}
+
+#[test]
+fn a_container_ends_when_its_lease_does() {
+    let node = Node::with_busybox("lease");
+    let in_ms = |ms| LeaseEnd(tinydc::linux::clock::boot_ms() + ms);
+    let begin = Instant::now();
+    let ids: Vec<ContainerId> = ["left", "renewed", "free"]
+        .into_iter()
+        .map(|name| {
+            let spec = node.spec(name, "trap '' TERM; while :; do sleep 1; done");
+            node.runtime.create(&spec).unwrap();
+            node.runtime.start(&spec.id, (name != "free").then(|| in_ms(1_500))).unwrap();
+            spec.id
+        })
+        .collect();
+    node.runtime.renew_lease(&ids[1], in_ms(60_000)).unwrap();
+    assert!(node.runtime.renew_lease(&ids[2], in_ms(1)).is_err(), "a container without a lease got one");
+    let exit = node.end(&ids[0]);
+    let took = begin.elapsed();
+    assert_eq!(exit.signal, Some(9));
+    assert!((Duration::from_millis(1_400)..Duration::from_secs(8)).contains(&took), "{took:?}");
+    assert!(node.lines(&ids[0]).iter().any(|line| line.starts_with("#ended: exclusive")));
+    for id in &ids[1..] {
+        assert!(matches!(node.runtime.state(id), ContainerState::Running { .. }), "{id}");
+    }
+    node.runtime.renew_lease(&ids[1], in_ms(0)).unwrap();
+    assert_eq!(node.end(&ids[1]).signal, Some(9));
+    // What can't be started in time is not started.
+    let late = node.runtime.start(&ids[0], Some(in_ms(0))).unwrap_err().to_string();
+    assert!(late.contains("lease ended"), "{late}");
 }

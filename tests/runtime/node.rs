@@ -62,7 +62,7 @@ impl Node {
 
     pub fn run(&self, spec: &ContainerSpec) -> ContainerId {
         self.runtime.create(spec).expect("create the container");
-        self.runtime.start(&spec.id).expect("start the container");
+        self.runtime.start(&spec.id, None).expect("start the container");
         spec.id.clone()
     }
 

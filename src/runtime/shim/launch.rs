@@ -19,7 +19,7 @@ use oci_spec::runtime::Spec;
 use super::executor::FilteredExecutor;
 use super::record::{ShimRecord, boot_id};
 use super::waiter::WaitArguments;
-use super::{CONTROL_SOCKET, OOM_SCORE, STATUS_FD, chain};
+use super::{CONTROL_SOCKET, LeaseEnd, OOM_SCORE, STATUS_FD, chain};
 use crate::linux::cgroup::{CgroupError, Cgroups};
 use crate::linux::process::{self, ProcessId};
 use crate::linux::socket;
@@ -35,6 +35,8 @@ pub struct LaunchArguments {
     pub states: PathBuf,
     pub logs: PathBuf,
     pub cgroup: String,
+    /// For an exclusive service, until when it may run.
+    pub lease: Option<LeaseEnd>,
 }
 
 impl LaunchArguments {
@@ -46,17 +48,19 @@ impl LaunchArguments {
             self.states.clone(),
             self.logs.clone(),
             self.cgroup.clone().into(),
+            LeaseEnd::to_word(self.lease).into(),
         ]
     }
 
     fn parse(words: &[&str]) -> Option<LaunchArguments> {
-        let [id, run, states, logs, cgroup] = words else { return None };
+        let [id, run, states, logs, cgroup, lease] = words else { return None };
         Some(LaunchArguments {
             id: (*id).to_owned(),
             run: PathBuf::from(run),
             states: PathBuf::from(states),
             logs: PathBuf::from(logs),
             cgroup: (*cgroup).to_owned(),
+            lease: LeaseEnd::parse(lease)?,
         })
     }
 }
@@ -77,6 +81,8 @@ enum LaunchError {
     Start(#[source] LibcontainerError),
     #[error("the container ended while it was being started")]
     Gone,
+    #[error("its lease ended before it could be started")]
+    LeaseEnded,
 }
 
 pub fn run(words: &[&str]) -> ExitCode {
@@ -173,6 +179,9 @@ fn begin(
     }
     let pid = container.pid().ok_or(LaunchError::Gone)?.as_raw();
     let id = ProcessId::of(pid).ok_or(LaunchError::Gone)?;
+    if arguments.lease.is_some_and(LeaseEnd::has_come) {
+        return Err(LaunchError::LeaseEnded);
+    }
     container.start().map_err(LaunchError::Start)?;
     Ok(id)
 }
@@ -194,6 +203,7 @@ fn become_waiter(
         run: arguments.run.clone(),
         logs: arguments.logs.clone(),
         cgroup: arguments.cgroup.clone(),
+        lease: arguments.lease,
         pid: record.container.map_or(0, |container| container.pid),
         started_at_ms: record.started_at_ms,
         control_fd: control.as_raw_fd(),

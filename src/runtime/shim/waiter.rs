@@ -5,7 +5,8 @@
 //! wake-ups nor writes. It allocates little and lives in few pages (≤ 0.6 MiB PSS).
 //!
 //! A message at the control socket is one verb: `dump` (the unflushed log), `follow` (the same, then every frame),
-//! `status`. `lease MILLISECONDS` has its place here and is refused until exclusive services need it.
+//! `status`, `lease MILLISECONDS`: until when since boot the container of an exclusive service may run. The lease is
+//! a message and no file: it costs no write and no look at a clock, and the poll below ends when it does.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,11 +16,11 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
-use rustix::process::{Pid, WaitOptions, WaitStatus};
+use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
 
-use super::OOM_SCORE;
 use super::launch::unix_ms;
 use super::record::ExitRecord;
+use super::{LeaseEnd, OOM_SCORE};
 use crate::linux::cgroup::Cgroups;
 use crate::linux::{process, socket};
 use crate::runtime::logs::{LogWriter, Now, Stream, TAIL, TEXT_BYTES_MAX, read_rest};
@@ -40,6 +41,7 @@ pub struct WaitArguments {
     pub cgroup: String,
     pub pid: i32,
     pub started_at_ms: u64,
+    pub lease: Option<LeaseEnd>,
     pub control_fd: i32,
     pub stdout_fd: i32,
     /// -1: the terminal carries both streams.
@@ -51,19 +53,23 @@ impl WaitArguments {
         let numbers = [self.control_fd, self.stdout_fd, self.stderr_fd].map(|number| number.to_string());
         let mut words =
             vec!["shim-wait".into(), self.run.clone(), self.logs.clone(), self.cgroup.clone().into()];
-        words.extend([self.pid.to_string().into(), self.started_at_ms.to_string().into()]);
+        let figures = [self.pid.to_string(), self.started_at_ms.to_string(), LeaseEnd::to_word(self.lease)];
+        words.extend(figures.map(PathBuf::from));
         words.extend(numbers.map(PathBuf::from));
         words
     }
 
     fn parse(words: &[&str]) -> Option<WaitArguments> {
-        let [run, logs, cgroup, pid, started_at_ms, control, stdout, stderr] = words else { return None };
+        let [run, logs, cgroup, pid, started_at_ms, lease, control, stdout, stderr] = words else {
+            return None;
+        };
         Some(WaitArguments {
             run: PathBuf::from(run),
             logs: PathBuf::from(logs),
             cgroup: (*cgroup).to_owned(),
             pid: pid.parse().ok()?,
             started_at_ms: started_at_ms.parse().ok()?,
+            lease: LeaseEnd::parse(lease)?,
             control_fd: control.parse().ok()?,
             stdout_fd: stdout.parse().ok()?,
             stderr_fd: stderr.parse().ok()?,
@@ -143,6 +149,7 @@ impl Waiter {
             if ready.control {
                 self.admit()?;
             }
+            self.end_if_over();
             self.log.flush_if_due(Instant::now());
             if ready.children {
                 self.reap();
@@ -157,8 +164,10 @@ impl Waiter {
         fds.push(PollFd::new(&self.control, PollFlags::IN));
         fds.extend(self.outputs.iter().map(|(_, fd)| PollFd::new(fd, PollFlags::IN)));
         fds.extend(self.clients.iter().map(|client| PollFd::new(&client.socket, PollFlags::IN)));
-        let timeout = self.log.flush_due().map(|due| {
-            let left = due.saturating_duration_since(Instant::now()) + Duration::from_millis(1);
+        let flush = self.log.flush_due().map(|due| due.saturating_duration_since(Instant::now()));
+        let lease = self.arguments.lease.map(LeaseEnd::left);
+        let timeout = flush.into_iter().chain(lease).min().map(|left| {
+            let left = left + Duration::from_millis(1);
             Timespec { tv_sec: left.as_secs() as i64, tv_nsec: i64::from(left.subsec_nanos()) }
         });
         match rustix::event::poll(&mut fds, timeout.as_ref()) {
@@ -169,6 +178,20 @@ impl Waiter {
         let (children, control) = (states.next().unwrap_or(false), states.next().unwrap_or(false));
         let outputs = states.by_ref().take(self.outputs.len()).collect();
         Ok(Ready { children, control, outputs, clients: states.collect() })
+    }
+
+    /// Kills the container when its lease is over: the first process of its namespace takes all others with it.
+    fn end_if_over(&mut self) {
+        if self.exit.is_some() || !self.arguments.lease.is_some_and(LeaseEnd::has_come) {
+            return;
+        }
+        self.arguments.lease = None;
+        let note = b"ended: exclusive, and no leader has confirmed for 10 s that it may run here\n";
+        self.log.append(Stream::Note, note, now(), &mut |_| {});
+        if let Some(pid) = Pid::from_raw(self.arguments.pid) {
+            // It is this process's child and not yet reaped, so the number is still its own.
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+        }
     }
 
     /// Collects every child that has ended: the container, and orphans that fell to this process.
@@ -250,7 +273,17 @@ impl Waiter {
                 sent
             }
             b"status" => answer(format!("running {}", self.arguments.pid).as_bytes()),
-            b"lease" => answer(b"error leases are not supported by this shim"),
+            b"lease" => {
+                let end = std::str::from_utf8(&message[6.min(length)..length]).ok();
+                match (self.arguments.lease, end.and_then(LeaseEnd::parse).flatten()) {
+                    (Some(_), Some(end)) => {
+                        self.arguments.lease = Some(end);
+                        answer(b"ok")
+                    }
+                    (None, _) => answer(b"error this container has no lease, or it is over"),
+                    (_, None) => answer(b"error lease takes milliseconds since boot"),
+                }
+            }
             _ => answer(b"error unknown verb"),
         }
     }
