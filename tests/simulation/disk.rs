@@ -27,6 +27,12 @@ impl Image {
         }
     }
 
+    /// One of several founders, each with an empty state at index 1.
+    pub fn of_voters(voters: &[u64]) -> Image {
+        let conf_state = ConfState { voters: voters.to_vec(), ..ConfState::default() };
+        Image { conf_state, ..Image::founder(voters[0]) }
+    }
+
     pub fn write(&mut self, batch: &Batch) {
         if let Some(snapshot) = &batch.snapshot {
             self.rows.clear();
@@ -97,6 +103,10 @@ pub struct Disk {
 }
 
 impl Disk {
+    pub fn holding(durable: Image) -> Disk {
+        Disk { durable, ..Disk::default() }
+    }
+
     pub fn submit(&mut self, batch: Batch) {
         self.unsynced.push(batch);
     }

@@ -4,6 +4,7 @@
 //! `TINYDC_SEED=17 cargo test --test simulation one_seed -- --nocapture`.
 
 mod checks;
+mod directed;
 mod disk;
 mod fate;
 mod linearizable;
@@ -17,7 +18,10 @@ const SEEDS_IN_CI: u64 = 200;
 
 /// Runs one seed; `Err` holds what an invariant said.
 fn run(seed: u64, bug: Bug) -> Result<Report, String> {
-    let outcome = catch_unwind(AssertUnwindSafe(|| World::new(seed, bug).run_to_the_end()));
+    let outcome = catch_unwind(AssertUnwindSafe(|| match bug {
+        Bug::ForgetVote => directed::forgotten_vote(bug),
+        _ => World::new(seed, bug).run_to_the_end(),
+    }));
     outcome.map_err(|panic| {
         panic
             .downcast_ref::<String>()
@@ -85,6 +89,12 @@ fn a_seed_repeats_itself() {
         assert_eq!(must_hold(seed).trace, must_hold(seed).trace, "seed {seed} took two paths");
     }
     assert_ne!(must_hold(3).trace, must_hold(4).trace);
+}
+
+#[test]
+fn a_vote_survives_a_crash() {
+    // One in term 2, the other in a later one.
+    assert!(directed::forgotten_vote(Bug::None).trace > 2);
 }
 
 /// Each planted bug must be caught by some seed within its budget: a check that never fails checks nothing.

@@ -236,9 +236,6 @@ impl World {
             let lost = self.disk(node).crash(kept) as u64;
             self.report.lost_batches += lost;
         }
-        if self.bug == Bug::ForgetVote {
-            self.disk(node).durable.forget_vote();
-        }
     }
 
     fn checks_state(&mut self, control: &Control) {
@@ -549,15 +546,10 @@ impl World {
             return;
         }
         let node = 1 + self.random.below(NODES_MAX);
-        // A forgotten vote shows only when its node is back while the election still goes on: rare by chance.
-        let is_directed = self.bug == Bug::ForgetVote;
-        let kind =
-            if is_directed { [0, 0, 0, 5, 6][self.random.below(5) as usize] } else { self.random.below(12) };
-        match kind {
+        match self.random.below(12) {
             0 | 1 => {
                 self.crash(node);
-                let delay =
-                    if is_directed { 1 + self.random.below(25) } else { 50 + self.random.below(5000) };
+                let delay = 50 + self.random.below(5000);
                 self.at(delay, Event::Start(node));
             }
             2 => {
@@ -598,7 +590,7 @@ impl World {
             10 => self.join_next(),
             _ => self.scale(),
         }
-        let delay = if is_directed { 10 + self.random.below(60) } else { 100 + self.random.below(1500) };
+        let delay = 100 + self.random.below(1500);
         self.at(delay, Event::Nemesis);
     }
 
