@@ -54,6 +54,8 @@ pub fn run(options: &DemoOptions) -> Result<bool> {
     let picture = Picture::of(&lab)?;
     print!("{}", picture.draw());
     check_interrupt(&interrupted)?;
+    balance(&lab, &program)?;
+    check_interrupt(&interrupted)?;
     let is_good = match options.has_chaos {
         true => chaos(&mut lab, &picture)?,
         false => true,
@@ -263,6 +265,58 @@ impl Picture {
 
 fn list(names: &BTreeSet<String>) -> String {
     names.iter().cloned().collect::<Vec<_>>().join(" and ")
+}
+
+/// Names, virtual addresses and ports: who answers when the third service, or the LAN, asks the other two.
+fn balance(lab: &Lab, program: &Path) -> Result<()> {
+    const COUNT: &str = "40";
+    let node = &lab.nodes[0];
+    let network = node.get(&format!("/v1/network?app={APP}"))?;
+    let services = network["services"].as_array().cloned().unwrap_or_default();
+    let host = format!("unix://{}", node.socket().display());
+    say("store asks the other two, by name and by their virtual addresses:");
+    for (name, ..) in SERVICES.iter().filter(|(_, _, replicas)| *replicas > 1) {
+        let service =
+            services.iter().find(|one| one["service"] == *name).context("the service has an address")?;
+        let vip = service["vip"].as_str().unwrap_or_default();
+        let mut told = Vec::new();
+        for target in [format!("{name}:8080"), format!("{vip}:8080")] {
+            let words = ["exec", "shop/store", "/tinydc", "hello", "--ask", target.as_str(), COUNT];
+            let output = std::process::Command::new(program).args(["--host", &host]).args(words).output()?;
+            let text = String::from_utf8_lossy(&output.stdout).trim().replace('\n', ", ");
+            if text.split(", ").count() < 2 {
+                let errors = String::from_utf8_lossy(&output.stderr);
+                bail!("{target} is not balanced over two instances: {text} {errors}");
+            }
+            told.push(format!("{target} {}", answers(&text)));
+        }
+        done(&told.join("; "));
+    }
+    from_outside(lab)
+}
+
+/// `23 web-1, 17 web-2` → `web-1 23×, web-2 17×`.
+fn answers(tally: &str) -> String {
+    let one =
+        |text: &str| text.split_once(' ').map_or(String::new(), |(count, name)| format!("{name} {count}×"));
+    tally.split(", ").map(one).collect::<Vec<_>>().join(", ")
+}
+
+fn from_outside(lab: &Lab) -> Result<()> {
+    for node in lab.nodes.iter().filter(|node| node.is_running()) {
+        for (name, port, _) in SERVICES {
+            let address = SocketAddr::from((node.address, port));
+            let is_served = crate::linux::netns::in_netns(&lab.lan.netns, move || Ok(is_answered(address)))?;
+            if !is_served {
+                bail!("{name} does not answer at {address}");
+            }
+        }
+    }
+    let names: Vec<&str> = lab.nodes.iter().map(|node| node.name.as_str()).collect();
+    let ports: Vec<String> = SERVICES.iter().map(|(_, port, _)| port.to_string()).collect();
+    done(&format!("from outside: ports {} answer on every machine ({})", ports.join(", "), names.join(", ")));
+    say("");
+    Ok(())
 }
 
 /// What a client saw of one service.

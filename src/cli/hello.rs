@@ -1,10 +1,13 @@
 //! `tinydc hello`: the tiny HTTP server of the demo's image, hidden from help.
 //!
+//! `tinydc hello --ask HOST:PORT COUNT` asks such a server and counts who answers.
+//!
 //! `GET /` answers who it is, `GET /health` that it is well. Blocking sockets and a few threads: it stays below 1 MiB.
 //! SIGTERM ends it at once, because a container's first process gets no default action for signals (pid_namespaces(7)).
 
+use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream, ToSocketAddrs};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::thread;
@@ -30,10 +33,15 @@ pub fn main(args: &[std::ffi::OsString]) -> ExitCode {
 }
 
 fn run(args: &[std::ffi::OsString]) -> io::Result<()> {
+    if let [option, target, count] = args
+        && option == "--ask"
+    {
+        return ask(&target.to_string_lossy(), &count.to_string_lossy());
+    }
     let port = match args {
         [] => std::env::var("PORT").ok().map_or(Ok(PORT), |port| port.parse()),
         [option, port] if option == "--port" => port.to_string_lossy().parse(),
-        _ => return Err(io::Error::other("usage: tinydc hello [--port PORT]")),
+        _ => return Err(io::Error::other("usage: tinydc hello [--port PORT | --ask HOST:PORT COUNT]")),
     };
     let port = port.map_err(|_| io::Error::other("the port is a number from 1 to 65535"))?;
     // Blocked in every thread, and taken by this one: the threads below inherit the mask.
@@ -58,6 +66,27 @@ fn run(args: &[std::ffi::OsString]) -> io::Result<()> {
         })?;
     }
     signals.wait()?;
+    Ok(())
+}
+
+/// Prints a line for each instance that answered: how often, and its name.
+fn ask(target: &str, count: &str) -> io::Result<()> {
+    let count: u32 = count.parse().map_err(|_| io::Error::other("the count is a number"))?;
+    let mut tally: BTreeMap<String, u32> = BTreeMap::new();
+    for _ in 0..count {
+        let address = target.to_socket_addrs()?.next().ok_or_else(|| io::Error::other("no such name"))?;
+        let mut stream = TcpStream::connect_timeout(&address, REQUEST_LIMIT)?;
+        stream.set_read_timeout(Some(REQUEST_LIMIT))?;
+        stream.write_all(b"GET / HTTP/1.1\r\nhost: hello\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.take(REQUEST_BYTES_MAX as u64).read_to_string(&mut answer)?;
+        // `hello from web instance web-1 on pi2`
+        let name = answer.split(" instance ").nth(1).and_then(|rest| rest.split(' ').next());
+        *tally.entry(name.unwrap_or("?").to_owned()).or_default() += 1;
+    }
+    for (name, count) in tally {
+        println!("{count} {name}");
+    }
     Ok(())
 }
 

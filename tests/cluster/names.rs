@@ -231,7 +231,9 @@ fn forwarded(stage: &Stage, ask: &dyn Fn(&str, &[&str]) -> Result<String>) -> Re
     stage.lab.lan.add_own_address(server)?;
     let mut command = Command::new("/usr/sbin/dnsmasq");
     command.args(["--keep-in-foreground", "--no-resolv", "--no-hosts", "--no-daemon", "--bind-interfaces"]);
-    command.arg(format!("--listen-address={server}")).args(["--host-record=example.org,203.0.113.7", "--local=/example.org/"]);
+    command
+        .arg(format!("--listen-address={server}"))
+        .args(["--host-record=example.org,203.0.113.7", "--local=/example.org/"]);
     command.args(["--txt-record=long.example.org,".to_owned() + &"x".repeat(240)]);
     command.stdout(Stdio::null()).stderr(Stdio::null());
     let running = netns::in_netns(&stage.lab.lan.netns, || command.spawn());
