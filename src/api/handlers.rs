@@ -7,7 +7,7 @@ use super::routes::{Match, Verb, decode};
 use super::serve::Caller;
 use super::view::{Live, View};
 use super::wire::*;
-use super::{exec, images, instances, internal};
+use super::{exec, images, instances, internal, keys};
 use crate::model::*;
 use crate::state::{Command, Reply as StateReply, RequestMark, Role, State, TokenKind};
 use crate::transport::ids::AuthorityHash;
@@ -58,6 +58,7 @@ pub async fn handle(
         Verb::PutContent => images::put_content(backend, request).await,
         Verb::Events => events(backend, query.contains_key("follow")).await,
         Verb::Leave => leave(backend, request).await,
+        Verb::RecoverKey => keys::recover(backend, request).await,
         Verb::InternalWrite
         | Verb::InternalBlob
         | Verb::InternalLive

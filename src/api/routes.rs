@@ -32,6 +32,7 @@ pub enum Verb {
     PutContent,
     Events,
     Leave,
+    RecoverKey,
     OpenApi,
     InternalWrite,
     InternalBlob,
@@ -92,11 +93,13 @@ pub const ROUTES: &[Route] = &[
     route("PUT", "/v1/content", Access::Operator, Verb::PutContent),
     route("GET", "/v1/events", Access::Viewer, Verb::Events),
     route("POST", "/v1/leave", Access::Local, Verb::Leave),
+    route("POST", "/v1/recover-key", Access::Local, Verb::RecoverKey),
     route("GET", "/v1/openapi.json", Access::Viewer, Verb::OpenApi),
     route("POST", "/internal/write", Access::Node, Verb::InternalWrite),
     route("GET", "/internal/blobs/{digest}", Access::Node, Verb::InternalBlob),
     route("GET", "/internal/live", Access::Node, Verb::InternalLive),
     route("PUT", "/internal/cluster-key", Access::Node, Verb::InternalKey),
+    route("DELETE", "/internal/cluster-key", Access::Node, Verb::InternalKey),
     route("POST", "/internal/join", Access::Node, Verb::InternalJoin),
 ];
 
