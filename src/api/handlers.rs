@@ -7,7 +7,7 @@ use super::routes::{Match, Verb, decode};
 use super::serve::Caller;
 use super::view::{Live, View};
 use super::wire::*;
-use super::{exec, images, instances, internal, network, ports};
+use super::{exec, images, instances, internal, keys, network, ports};
 use crate::model::*;
 use crate::state::{Command, Reply as StateReply, RequestMark, Role, State, TokenKind};
 use crate::transport::ids::AuthorityHash;
@@ -65,6 +65,7 @@ pub async fn handle(
         Verb::RemoveAddress => network::remove_address(backend, &found.name, &request).await,
         Verb::InternalPorts => ports::answer(backend, request).await,
         Verb::InternalNetwork => network::facts(backend).await,
+        Verb::RecoverKey => keys::recover(backend, request).await,
         Verb::InternalWrite
         | Verb::InternalBlob
         | Verb::InternalLive

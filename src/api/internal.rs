@@ -6,7 +6,7 @@ use super::error::ApiError;
 use super::routes::{Match, Verb};
 use super::serve::Caller;
 use super::view::Live;
-use super::{images, peer};
+use super::{images, keys, peer};
 use crate::agent::LiveInstance;
 use crate::control::Undone;
 use crate::model::*;
@@ -18,13 +18,12 @@ use crate::transport::hello::{Refusal, RefusalCode};
 use crate::transport::join::{
     Enrolled, JoinAsked, JoinReply, JoinRequest, JoinSubject, Joined, MemberAddresses, NodeFacts,
 };
-use crate::transport::sealing::ClusterKey;
 use bytes::Bytes;
 use hyper::body::Incoming;
-use hyper::{Method, Request, StatusCode};
+use hyper::{Method, Request};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 const WRITE_BYTES_MAX: usize = 2 << 20;
@@ -44,7 +43,7 @@ pub async fn handle(
         Verb::InternalWrite => write(backend, request).await,
         Verb::InternalBlob => images::blob(backend, &found.name).await,
         Verb::InternalLive => live(backend).await,
-        Verb::InternalKey => take_cluster_key(backend, caller, request).await,
+        Verb::InternalKey => keys::take_or_drop(backend, caller, request).await,
         _ => {
             let bytes = body::bytes(request.into_body(), SMALL_BYTES_MAX).await?;
             let asked: JoinRequest =
@@ -139,39 +138,6 @@ async fn ask_live(backend: &Backend, node: NodeId) -> Option<Vec<LiveRow>> {
     let answer = peer::send(&backend.transport, &backend.executor, node, request).await.ok()?;
     let bytes = body::bytes(answer.into_body(), LIVE_BYTES_MAX).await.ok()?;
     serde_json::from_slice(&bytes).ok()
-}
-
-/// Brings the cluster key to a member that may become a voter; says whether it is on that node's disk now.
-pub async fn offer_cluster_key(backend: &Arc<Backend>, to: NodeId) -> bool {
-    let Some(key) = backend.identity().cluster_key else { return false };
-    if to == backend.node {
-        return true;
-    }
-    let request = peer::request(Method::PUT, "/internal/cluster-key", key.as_bytes().to_vec());
-    let answer = peer::send(&backend.transport, &backend.executor, to, request).await;
-    answer.is_ok_and(|answer| answer.status() == StatusCode::NO_CONTENT)
-}
-
-async fn take_cluster_key(
-    backend: &Arc<Backend>,
-    caller: &Caller,
-    request: Request<Incoming>,
-) -> Result<Reply, ApiError> {
-    // Only from whom this node takes for the leader.
-    let leader = backend.replica.status().await.and_then(|status| status.leader);
-    let is_leader = matches!(caller, Caller::Node(node) if Some(*node) == leader);
-    if !is_leader {
-        return Err(ApiError::rejected("the cluster key comes from the leader"));
-    }
-    let bytes = body::bytes(request.into_body(), 64).await?;
-    let key: [u8; 32] =
-        bytes.as_ref().try_into().map_err(|_| ApiError::invalid("a cluster key has 32 bytes"))?;
-    let mut identity = backend.identity.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    identity.cluster_key = Some(ClusterKey::from_bytes(key));
-    let (data_dir, saved) = (backend.ground.data_dir.clone(), identity.clone());
-    smol::unblock(move || saved.save(&data_dir)).await.map_err(|error| ApiError::internal(&error))?;
-    *backend.identity.lock().unwrap_or_else(PoisonError::into_inner) = identity;
-    body::done()
 }
 
 /// Answers a stranger that proved its key and wants in.

@@ -85,6 +85,19 @@ pub struct LeaveRequest {
     pub is_forced: bool,
 }
 
+/// The recovery key as `init` printed it.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoverRequest {
+    pub recovery_key: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RecoverReply {
+    pub node: String,
+    /// Who must be given it too before the other voters can get theirs.
+    pub leader_without_key: Option<String>,
+}
+
 /// In every answer to a read: how new it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Freshness {

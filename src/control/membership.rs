@@ -38,6 +38,7 @@ pub enum Wish {
     /// Without a vote now, so that its removal can end.
     Forget(NodeId),
     OfferKey(NodeId),
+    WithdrawKey(NodeId),
 }
 
 #[derive(Default)]
@@ -83,6 +84,7 @@ impl Membership {
         if is_busy {
             return wishes;
         }
+        self.withdraw_keys(view, &voters, &mut wishes);
         let target = self.target(view, &voters, &learners);
         if voters.contains(&view.own) && !target.contains(&view.own) {
             self.hand_over(view, &target, &voters, &mut wishes);
@@ -110,7 +112,9 @@ impl Membership {
     fn offer_keys(&mut self, view: &View<'_>, wishes: &mut Vec<Wish>) {
         let count = view.state.nodes.len();
         let wanted = if count == 2 { 2 } else { voter_count(count) };
-        let holders = view.state.nodes.rows().filter(|node| node.has_cluster_key && !node.is_leaving).count();
+        // A voter that is about to be replaced counts no more: who replaces it needs the key first.
+        let counts = |node: &&Node| node.has_cluster_key && !node.is_leaving && !is_lost(view, node);
+        let holders = view.state.nodes.rows().filter(counts).count();
         let missing = wanted.saturating_sub(holders);
         let candidates = view.state.nodes.rows().filter(|node| {
             !node.has_cluster_key && !node.is_leaving && view.liveness.is_steady(node.id, view.now)
@@ -125,6 +129,31 @@ impl Membership {
         }
     }
 
+    /// Takes the cluster key from those that have no vote, once there are as many voters as there should be and each has
+    /// it; in a cluster of two both keep it.
+    fn withdraw_keys(&mut self, view: &View<'_>, voters: &BTreeSet<NodeId>, wishes: &mut Vec<Wish>) {
+        let members = view.state.nodes.len();
+        let holds = |id: &NodeId| view.state.nodes.find(id).is_some_and(|node| node.has_cluster_key);
+        if members == 2 || voters.len() != voter_count(members) || !voters.iter().all(holds) {
+            return;
+        }
+        let is_spare = |node: &&Node| {
+            node.has_cluster_key && !voters.contains(&node.id) && view.liveness.is_steady(node.id, view.now)
+        };
+        let is_replacing = voters
+            .iter()
+            .filter_map(|id| view.state.nodes.find(id))
+            .any(|node| node.condition == Condition::Down || node.is_leaving);
+        for node in view.state.nodes.rows().filter(is_spare).filter(|_| !is_replacing) {
+            let is_due =
+                self.offered.get(&node.id).is_none_or(|at| view.now.since_ms(*at) >= OFFER_KEY_EVERY_MS);
+            if is_due {
+                self.offered.insert(node.id, view.now);
+                wishes.push(Wish::WithdrawKey(node.id));
+            }
+        }
+    }
+
     /// The voters there should be, from those there are: as few changes as possible.
     fn target(
         &self,
@@ -134,10 +163,6 @@ impl Membership {
     ) -> BTreeSet<NodeId> {
         let members: Vec<&Node> = view.state.nodes.rows().filter(|node| !node.is_leaving).collect();
         let wanted = voter_count(members.len());
-        let is_lost = |node: &Node| {
-            let down_for_ms = node.losses.last().map_or(0, |at| view.cluster_time.since_ms(*at));
-            node.condition == Condition::Down && down_for_ms >= REPLACE_VOTER_AFTER_MS
-        };
         let mut keep: Vec<NodeId> =
             members.iter().map(|node| node.id).filter(|id| voters.contains(id)).collect();
         let candidates: Vec<NodeId> = members
@@ -147,7 +172,7 @@ impl Membership {
             .collect();
         // A lost voter goes only when another can take its place.
         let mut spare = candidates.len().saturating_sub(wanted.saturating_sub(keep.len()));
-        for node in members.iter().filter(|node| is_lost(node)) {
+        for node in members.iter().filter(|node| is_lost(view, node)) {
             if spare > 0 && keep.contains(&node.id) {
                 keep.retain(|id| *id != node.id);
                 spare -= 1;
@@ -253,6 +278,12 @@ impl Membership {
         };
         Some(ConfChangeV2 { changes: vec![change], ..Default::default() })
     }
+}
+
+/// Down for so long that another node may take its vote.
+fn is_lost(view: &View<'_>, node: &Node) -> bool {
+    let down_for_ms = node.losses.last().map_or(0, |at| view.cluster_time.since_ms(*at));
+    node.condition == Condition::Down && down_for_ms >= REPLACE_VOTER_AFTER_MS
 }
 
 /// Whether an instance that can move still is to run there.

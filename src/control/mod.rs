@@ -137,6 +137,10 @@ pub enum Output {
     OfferKey {
         to: NodeId,
     },
+    /// The cluster key must be deleted on this node, which does not vote any more.
+    WithdrawKey {
+        from: NodeId,
+    },
     /// `state()` differs from before.
     Changed,
     /// This node must stop: what it holds can't be trusted to go on with.
@@ -292,6 +296,7 @@ impl Control {
                     self.propose_unless_known(now, Command::ForgetNode { node })
                 }
                 membership::Wish::OfferKey(to) => out.push(Output::OfferKey { to }),
+                membership::Wish::WithdrawKey(from) => out.push(Output::WithdrawKey { from }),
             }
         }
         self.plan_if_due(now, cluster_time);

@@ -4,7 +4,9 @@ use super::outgoing::{Carrier, Late, from_bytes};
 use super::{Awaiting, Config, Ended, founding, machine};
 use crate::agent::{Agent, AgentConfig, Artifacts, Ground, keep_leases};
 use crate::api::wire::{InitReply, JoinDone, TokenRequest};
-use crate::api::{ApiError, Backend, Connection, Server, answer_join, create_token, peer};
+use crate::api::{
+    ApiError, Backend, Connection, Server, answer_join, confirm_cluster_key, create_token, peer,
+};
 use crate::consensus::{Message, MessageType};
 use crate::control::{ControlConfig, Input};
 use crate::model::*;
@@ -217,12 +219,8 @@ impl<'a> Run<'a> {
             broadcast: broadcast(self.transport.clone()),
             holdable: self.holdable.clone(),
         }));
-        self.tasks.push(self.executor.spawn(keep_leases(
-            self.node,
-            self.start_id,
-            ground.clone(),
-            self.replica.handle().clone(),
-        )));
+        let leases = keep_leases(self.node, self.start_id, ground.clone(), self.replica.handle().clone());
+        self.tasks.push(self.executor.spawn(leases));
         let (leave, leaving) = async_channel::bounded(1);
         let api_listen = self.config.api_listen();
         let backend = Arc::new(Backend {
@@ -238,6 +236,7 @@ impl<'a> Run<'a> {
             api_port: api_listen.port(),
         });
         let _ = self.late.backend.set(backend.clone());
+        self.tasks.push(self.executor.spawn(confirm_cluster_key(backend.clone())));
         let server = Server::new(backend.clone());
         let _ = self.server.set(server.clone());
         self.tasks.push(self.executor.spawn(accept_local(

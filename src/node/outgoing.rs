@@ -1,6 +1,6 @@
 //! What the control plane wants done outside of it, carried out on the transport.
 
-use crate::api::{Backend, offer_cluster_key};
+use crate::api::{Backend, offer_cluster_key, withdraw_cluster_key};
 use crate::control::Input;
 use crate::model::*;
 use crate::replica::{Handle, Outgoing, PeerFrame, SnapshotHeader};
@@ -40,6 +40,7 @@ impl Carrier {
             }
             Outgoing::Snapshot { to, message, frames } => self.send_snapshot(to, message, frames),
             Outgoing::OfferKey { to } => self.offer_key(to),
+            Outgoing::WithdrawKey { from } => self.withdraw_key(from),
             Outgoing::Halt { why } => {
                 error!(why, "this node must stop");
                 // The first reason counts.
@@ -64,6 +65,11 @@ impl Carrier {
                 }
             })
             .detach();
+    }
+
+    fn withdraw_key(&self, from: NodeId) {
+        let Some(backend) = self.late.backend.get().cloned() else { return };
+        self.executor.spawn(async move { withdraw_cluster_key(&backend, from).await }).detach();
     }
 
     fn offer_key(&self, to: NodeId) {

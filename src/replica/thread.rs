@@ -33,6 +33,9 @@ pub enum Outgoing {
     OfferKey {
         to: NodeId,
     },
+    WithdrawKey {
+        from: NodeId,
+    },
     /// The node must stop: its disk failed or its state can't be trusted.
     Halt {
         why: String,
@@ -247,6 +250,7 @@ impl Worker {
             Output::Forward { to, command } => (self.outgoing)(Outgoing::Forward { to, command }),
             Output::Broadcast(alive) => (self.outgoing)(Outgoing::Broadcast(alive)),
             Output::OfferKey { to } => (self.outgoing)(Outgoing::OfferKey { to }),
+            Output::WithdrawKey { from } => (self.outgoing)(Outgoing::WithdrawKey { from }),
             Output::Halt { why } => (self.outgoing)(Outgoing::Halt { why }),
             Output::Persist(batch) => {
                 // Closed only when the writer failed, which has halted the node.

@@ -42,6 +42,13 @@ pub const SCENARIOS: &[Scenario] = &[
         machines: 3,
         run: clock_1970,
     },
+    Scenario {
+        name: "cluster-key",
+        proves: "only voters hold the cluster key: demoted ones delete it; when all copies are lost the recovery key that \
+                 init printed restores it",
+        machines: 7,
+        run: cluster_key,
+    },
 ];
 
 fn token(stage: &Stage, words: &[&str]) -> Result<String> {
@@ -260,4 +267,58 @@ fn clock_1970(stage: &mut Stage) -> Result<()> {
     let time = status["cluster_time"].as_str().unwrap_or_default().to_string();
     ensure!(!time.starts_with("1970"), "cluster time is not its clock: {time}");
     stage.agree()
+}
+
+fn cluster_key(stage: &mut Stage) -> Result<()> {
+    let founded = stage.lab.found(7)?;
+    let recovery = founded["recovery_key"].as_str().context("init prints a recovery key")?.to_string();
+    stage.wait_voters(5)?;
+    until("five nodes hold the key", Duration::from_secs(20), || Ok(key_holders(stage).len() == 5))?;
+    let first = fs::read_to_string(&key_holders(stage)[0])?;
+    let holds = |index: usize| stage.lab.nodes[index].data_dir().join("identity/cluster.key").exists();
+    let learner = (0..7).find(|index| !holds(*index)).context("a node without a vote")?;
+    let name = stage.lab.nodes[learner].name.clone();
+    stage.lab.kill_node(learner)?;
+    let asked = (learner + 1) % 7;
+    until("it is down", Duration::from_secs(20), || {
+        Ok(stage.lab.nodes[asked].get(&format!("/v1/nodes/{name}"))?["state"] == "down")
+    })?;
+    let begin = Instant::now();
+    stage.cli(asked, &["node", "rm", &name, "--force"])?;
+    stage.wait_voters(3)?;
+    until("three nodes hold the key", Duration::from_secs(20), || Ok(key_holders(stage).len() == 3))?;
+    stage.note("7 → 6 nodes: two demoted voters deleted their copies", begin);
+
+    let others: Vec<usize> = (0..7).filter(|index| *index != learner).collect();
+    others.iter().try_for_each(|index| stage.lab.nodes[*index].stop())?;
+    key_holders(stage).iter().try_for_each(fs::remove_file)?;
+    others.iter().try_for_each(|index| stage.lab.nodes[*index].start())?;
+    stage.wait_voters(3)?;
+    let leader = stage.lab.leader()?;
+    let begin = Instant::now();
+    let wrong = recover(stage, leader, "tdc-recovery-0000")?;
+    ensure!(!wrong.status.success(), "a mistyped recovery key is refused");
+    let right = recover(stage, leader, &recovery)?;
+    ensure!(right.status.success(), "{}", String::from_utf8_lossy(&right.stderr));
+    until("three nodes hold the key again", Duration::from_secs(20), || Ok(key_holders(stage).len() == 3))?;
+    stage.note("restored by the recovery key", begin);
+    let same = key_holders(stage).iter().all(|path| fs::read_to_string(path).is_ok_and(|text| text == first));
+    ensure!(same, "it is the same key");
+    stage.cli(asked, &["token"]).map(drop)
+}
+
+fn key_holders(stage: &Stage) -> Vec<std::path::PathBuf> {
+    let paths = stage.lab.nodes.iter().map(|node| node.data_dir().join("identity/cluster.key"));
+    paths.filter(|path| path.exists()).collect()
+}
+
+fn recover(stage: &Stage, index: usize, key: &str) -> Result<std::process::Output> {
+    use std::io::Write;
+    let host = format!("unix://{}", stage.lab.nodes[index].socket().display());
+    let mut command = std::process::Command::new(&stage.lab.program);
+    command.args(["--host", &host, "node", "recover-key"]);
+    command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+    let mut child = command.stderr(std::process::Stdio::piped()).spawn()?;
+    child.stdin.take().context("its input")?.write_all(format!("{key}\n").as_bytes())?;
+    Ok(child.wait_with_output()?)
 }

@@ -298,6 +298,10 @@ impl World {
                 self.finish_write(waiter, result.ok().map(|applied| applied.outcome.is_ok()));
             }
             Output::ReadReady { waiter, result } => self.finish_read(node, waiter, result.is_ok()),
+            Output::WithdrawKey { from } => {
+                let command = Box::new(Command::ConfirmKey { node: from, has_key: false });
+                self.send(from.0, node, Packet::Forward { from: from.0, command });
+            }
             Output::OfferKey { to } => {
                 let command = Box::new(Command::ConfirmKey { node: to, has_key: true });
                 self.send(to.0, node, Packet::Forward { from: to.0, command });

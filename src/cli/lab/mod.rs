@@ -123,6 +123,11 @@ impl Lab {
 
     /// Starts the first `count` nodes, founds a cluster on the first and lets the others join.
     pub fn form(&mut self, count: usize) -> Result<()> {
+        self.found(count).map(drop)
+    }
+
+    /// As `form`; returns what `init` answered.
+    pub fn found(&mut self, count: usize) -> Result<serde_json::Value> {
         for node in &mut self.nodes[..count] {
             node.start()?;
         }
@@ -140,7 +145,8 @@ impl Lab {
                 .as_array()
                 .map_or(0, |all| all.iter().filter(|one| one["state"] == "up").count());
             Ok(up >= count)
-        })
+        })?;
+        Ok(founded)
     }
 
     pub fn node(&self, name: &str) -> Result<&Node> {

@@ -1,12 +1,14 @@
 //! `node`: run the daemon; list, drain, label and remove nodes.
 
+use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 
+use anyhow::Context;
 use argh::FromArgs;
 use serde_json::Value;
 
 use super::apps::node_table;
-use crate::api::wire::{LabelsRequest, NodeBody};
+use crate::api::wire::{LabelsRequest, NodeBody, RecoverReply, RecoverRequest};
 use crate::cli::arguments::Globals;
 use crate::cli::client::escape;
 use crate::cli::figures::{age, cores, size};
@@ -33,6 +35,7 @@ enum Action {
     Activate(Activate),
     Label(Label),
     Rm(Rm),
+    RecoverKey(RecoverKey),
 }
 
 /// Run the daemon in the foreground.
@@ -107,6 +110,12 @@ struct Rm {
     name: String,
 }
 
+/// Restore the cluster key of this node from the recovery key, which is read from standard input.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "recover-key", help_triggers("-h", "--help"))]
+#[argh(example = "sudo tinydc node recover-key")]
+struct RecoverKey {}
+
 impl Node {
     /// `Some`: this is `node run`, which is no client.
     pub fn run_options(&self, globals: &Globals) -> Option<RunOptions> {
@@ -147,6 +156,19 @@ impl Node {
                 session.done(&format!("{name} is labelled."));
                 Ok(())
             }
+            Action::RecoverKey(_) => {
+                let recovery_key = read_recovery_key()?;
+                let reply: RecoverReply =
+                    client.post("/v1/recover-key", &RecoverRequest { recovery_key }).await?;
+                session.show(&reply, |reply| {
+                    print_line(&format!("{} has the cluster key again.", reply.node));
+                    if let Some(leader) = &reply.leader_without_key {
+                        print_line(&format!(
+                            "The leader lacks it too: run the same on {leader}; the others get it then."
+                        ));
+                    }
+                })
+            }
             Action::Rm(Rm { name, force }) => {
                 let query = if force { "?force=true" } else { "" };
                 let _: Value = client.delete(&path(&name, query)).await?;
@@ -154,6 +176,19 @@ impl Node {
                 Ok(())
             }
         }
+    }
+}
+
+/// Never an argument: those are shown to everyone on the machine.
+fn read_recovery_key() -> anyhow::Result<String> {
+    if io::stdin().is_terminal() {
+        eprint!("recovery key (as tinydc init printed it): ");
+    }
+    let mut line = String::new();
+    io::stdin().read_line(&mut line).context("read the recovery key")?;
+    match line.trim() {
+        "" => Err(usage("no recovery key was given", "it is read from standard input")),
+        text => Ok(text.into()),
     }
 }
 
