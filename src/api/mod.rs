@@ -16,7 +16,6 @@ pub mod peer;
 mod routes;
 mod serve;
 mod unjoined;
-pub mod upgraded;
 mod view;
 pub mod wire;
 

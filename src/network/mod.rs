@@ -7,6 +7,7 @@
 //! one node would bypass connection tracking.
 
 pub mod dns;
+pub mod ingress;
 pub mod link;
 pub mod netlink;
 mod nft;
