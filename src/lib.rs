@@ -9,6 +9,7 @@ pub mod model;
 pub mod linux;
 pub mod tasks;
 pub mod telemetry;
+pub mod upgraded;
 // layer 2
 pub mod compose;
 

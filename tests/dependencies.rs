@@ -27,8 +27,8 @@ const LICENCES: &[&str] = &[
 /// Crates that name a licence file instead of a licence, as read: rust-criu's text is MIT's.
 const READ: &[(&str, &str)] = &[("rust-criu", "MIT")];
 
-/// Of tokio only what needs no runtime: channels and locks.
-const TOKIO_FEATURES: &[&str] = &["default", "sync"];
+/// Of tokio only what needs no runtime: channels and locks, and the traits of byte streams that HTTP/2 is written with.
+const TOKIO_FEATURES: &[&str] = &["default", "sync", "io-util", "bytes"];
 
 fn metadata() -> Value {
     let target = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);

@@ -72,7 +72,7 @@ pub async fn exec(
         .executor
         .spawn(async move {
             if let Ok(upgraded) = upgrade.await {
-                converse(super::upgraded::Stream(upgraded), handle, own).await;
+                converse(crate::upgraded::Stream(upgraded), handle, own).await;
             }
         })
         .detach();

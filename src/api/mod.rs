@@ -20,7 +20,6 @@ mod ports;
 mod routes;
 mod serve;
 mod unjoined;
-pub mod upgraded;
 mod view;
 pub mod wire;
 

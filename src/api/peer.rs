@@ -150,7 +150,7 @@ pub async fn proxy(
 
 /// Copies both ways until both ends are done.
 async fn splice(client: hyper::upgrade::Upgraded, server: hyper::upgrade::Upgraded) {
-    use super::upgraded::Stream;
+    use crate::upgraded::Stream;
     let (client, server) = (Stream(client), Stream(server));
     let (client_read, client_write) = futures_lite::io::split(client);
     let (server_read, server_write) = futures_lite::io::split(server);

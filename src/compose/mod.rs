@@ -16,6 +16,7 @@ mod dotenv;
 mod draft;
 mod environment;
 mod health;
+pub mod ingress_labels;
 mod interpolate;
 mod keys;
 mod mounts;

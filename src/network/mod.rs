@@ -13,6 +13,7 @@ pub mod conntrack;
 pub mod dns;
 pub mod foreign;
 mod hold;
+pub mod ingress;
 pub mod lan;
 pub mod link;
 pub mod lookup;

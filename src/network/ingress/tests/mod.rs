@@ -1,0 +1,6 @@
+//! The ingress on loopback, with endpoints that answer, stall, break off and switch protocols.
+
+mod endings;
+mod kit;
+mod passing;
+mod secure;

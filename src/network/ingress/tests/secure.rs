@@ -1,0 +1,173 @@
+//! HTTPS: which certificate, which version, and the way there.
+
+use super::kit::{Client, Endpoint, LIMIT, Site, any_port, header, route};
+use crate::network::ingress::{
+    CertificateError, HostCertificate, IngressConfig, Routes, certificate_from_pem,
+};
+use crate::tasks::within;
+use async_io::Async;
+use bytes::Bytes;
+use futures_rustls::TlsConnector;
+use http_body_util::{BodyExt, Empty, Full};
+use hyper::{Request, Version};
+use rustls::pki_types::{CertificateDer, ServerName};
+use smol_hyper::rt::{FuturesIo, SmolExecutor};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+
+struct Pair {
+    chain: String,
+    key: String,
+    der: CertificateDer<'static>,
+}
+
+fn pair(host: &str) -> Pair {
+    let made = rcgen::generate_simple_self_signed([host.to_string()]).unwrap();
+    Pair { chain: made.cert.pem(), key: made.signing_key.serialize_pem(), der: made.cert.der().clone() }
+}
+
+fn given(host: &str, pair: &Pair) -> HostCertificate {
+    HostCertificate { host: host.into(), certificate: certificate_from_pem(&pair.chain, &pair.key).unwrap() }
+}
+
+type Tls = futures_rustls::client::TlsStream<Async<TcpStream>>;
+
+/// A handshake that trusts only this certificate.
+async fn connect(port: u16, host: &str, trusted: &Pair, alpn: &[&[u8]]) -> std::io::Result<Tls> {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(trusted.der.clone()).map_err(std::io::Error::other)?;
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(std::io::Error::other)?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = alpn.iter().map(|name| name.to_vec()).collect();
+    let stream = Async::<TcpStream>::connect(SocketAddr::from(([127, 0, 0, 1], port))).await?;
+    let name = ServerName::try_from(host.to_string()).map_err(std::io::Error::other)?;
+    let handshake = TlsConnector::from(Arc::new(config)).connect(name, stream);
+    within(LIMIT, handshake).await.expect("a handshake in time")
+}
+
+#[test]
+fn each_host_shows_its_own_certificate() {
+    let (shop, wild, other) = (pair("shop.test"), pair("x.wild.test"), pair("other.test"));
+    let endpoint = Endpoint::start("web");
+    let made = given("other.test", &other).certificate;
+    let source = Arc::new(move |host: &str| (host == "other.test").then(|| made.clone()));
+    let config = IngressConfig { certificates: Some(source), ..Default::default() };
+    let certificates = vec![given("Shop.test", &shop), given("*.wild.test", &wild)];
+    let routes = vec![route("/", &[endpoint.address])];
+    let site = Site::start(config, Routes { routes, certificates, ..any_port() });
+    let port = site.port(true);
+    async_io::block_on(async {
+        for (host, trusted) in [("shop.test", &shop), ("x.wild.test", &wild), ("other.test", &other)] {
+            assert!(connect(port, host, trusted, &[]).await.is_ok(), "{host}");
+        }
+        assert!(
+            connect(port, "shop.test", &other, &[]).await.is_err(),
+            "another host's certificate was shown"
+        );
+        assert!(connect(port, "nobody.test", &shop, &[]).await.is_err());
+    });
+    assert!(site.counts().failed_handshakes >= 1);
+}
+
+#[test]
+fn http2_carries_many_requests_at_once() {
+    let shop = pair("shop.test");
+    let endpoint = Endpoint::start("web");
+    let certificates = vec![given("shop.test", &shop)];
+    let routes = vec![route("/", &[endpoint.address])];
+    let site = Site::start(Default::default(), Routes { routes, certificates, ..any_port() });
+    let executor = Arc::new(async_executor::Executor::new());
+    let work = async {
+        let stream = connect(site.port(true), "shop.test", &shop, &[b"h2", b"http/1.1"]).await.unwrap();
+        assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
+        let (sender, connection) = hyper::client::conn::http2::handshake::<_, _, Full<Bytes>>(
+            SmolExecutor::new(executor.clone()),
+            FuturesIo::new(stream),
+        )
+        .await
+        .unwrap();
+        executor.spawn(connection).detach();
+        let text = "x".repeat(100_000);
+        let tasks: Vec<_> = (0..20)
+            .map(|_| {
+                let (mut sender, text) = (sender.clone(), text.clone());
+                executor.spawn(async move {
+                    let request = Request::post("https://shop.test/echo").body(Full::from(text)).unwrap();
+                    let response = sender.send_request(request).await.unwrap();
+                    assert_eq!(
+                        (response.status(), response.version()),
+                        (200.try_into().unwrap(), Version::HTTP_2)
+                    );
+                    response.into_body().collect().await.unwrap().to_bytes()
+                })
+            })
+            .collect();
+        for task in tasks {
+            assert_eq!(task.await, text);
+        }
+        let request = Request::get("https://shop.test/head").header("cookie", "a=1").header("cookie", "b=2");
+        let response = sender.clone().send_request(request.body(Full::default()).unwrap()).await.unwrap();
+        let seen = response.into_body().collect().await.unwrap().to_bytes();
+        let seen = String::from_utf8_lossy(&seen).to_lowercase();
+        for line in ["host: shop.test\r\n", "x-forwarded-proto: https", "cookie: a=1; b=2"] {
+            assert!(seen.contains(line), "{line} in {seen}");
+        }
+    };
+    async_io::block_on(executor.run(within(LIMIT, work))).expect("in time");
+}
+
+#[test]
+fn http1_passes_by_tls_too() {
+    let shop = pair("shop.test");
+    let endpoint = Endpoint::start("web");
+    let certificates = vec![given("shop.test", &shop)];
+    let routes = vec![route("/", &[endpoint.address])];
+    let site = Site::start(Default::default(), Routes { routes, certificates, ..any_port() });
+    let executor = Arc::new(async_executor::Executor::new());
+    let work = async {
+        let stream = connect(site.port(true), "shop.test", &shop, &[b"http/1.1"]).await.unwrap();
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(FuturesIo::new(stream)).await.unwrap();
+        executor.spawn(connection).detach();
+        let request = Request::get("/x").header("host", "shop.test").body(Empty::<Bytes>::new()).unwrap();
+        let response = sender.send_request(request).await.unwrap();
+        assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "web");
+    };
+    async_io::block_on(executor.run(within(LIMIT, work))).expect("in time");
+}
+
+#[test]
+fn plain_requests_are_sent_to_https_where_there_is_a_certificate() {
+    let shop = pair("shop.test");
+    let endpoint = Endpoint::start("web");
+    let mut redirecting = route("/", &[endpoint.address]);
+    redirecting.options.redirects_to_https = true;
+    let routes = Routes {
+        routes: vec![redirecting],
+        certificates: vec![given("shop.test", &shop)],
+        https_port: 443,
+        ..any_port()
+    };
+    // Port 443 isn't ours in a test; the table holds all the same.
+    let site = Site::start(Default::default(), any_port());
+    site.set_anyway(routes);
+    let ask = |host: &str, path: &str| {
+        Client::new(site.port(false)).ask(&format!("GET {path} HTTP/1.1\r\nhost: {host}:8080\r\n\r\n"))
+    };
+    let answer = ask("shop.test", "/a?b");
+    assert_eq!((answer.status, header(&answer.head, "location")), (307, Some("https://shop.test/a?b")));
+    assert_eq!(ask("other.test", "/a?b").status, 200);
+}
+
+#[test]
+fn a_certificate_that_is_none_is_refused_with_its_reason() {
+    let (one, two) = (pair("one.test"), pair("two.test"));
+    assert!(certificate_from_pem(&one.chain, &one.key).is_ok());
+    assert!(matches!(certificate_from_pem("", &one.key), Err(CertificateError::NoCertificate)));
+    assert!(matches!(certificate_from_pem(&one.chain, "x"), Err(CertificateError::Key(_))));
+    assert!(matches!(certificate_from_pem(&one.chain, &two.key), Err(CertificateError::Pair(_))));
+}
