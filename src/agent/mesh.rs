@@ -5,12 +5,13 @@
 //! reset, and this node's own hints. Nothing of it waits for a leader or a disk.
 
 use super::hints::SILENT_AFTER;
-use super::names;
 use super::reconcile::{Local, Presence};
 use super::wiring::{self, View, Wiring};
 use super::worker::{Shared, chain};
+use super::{names, routes};
 use crate::model::*;
 use crate::network::dns::{DnsConfig, DnsServer, UpstreamSource, Zone};
+use crate::network::ingress::{Ingress, IngressConfig, Route};
 use crate::network::{Network, Taken};
 use crate::replica::{EndpointHint, Handle, PeerFrame};
 use crate::state::State;
@@ -48,6 +49,8 @@ pub struct NetworkView {
     pub error: Option<String>,
     /// Why containers have no name server.
     pub names_problem: Option<String>,
+    /// Why HTTP routes are not served here.
+    pub ingress_problem: Option<String>,
 }
 
 pub struct Mesh {
@@ -75,6 +78,7 @@ impl Mesh {
         let watch = self.replica.published().watch();
         let mut last = Last::default();
         let mut names = NameServer::new(&self);
+        let mut entry = Entry::new(&self);
         let mut came_round = Instant::now();
         loop {
             let now = Instant::now();
@@ -85,7 +89,7 @@ impl Mesh {
             let state = self.replica.state();
             self.tell_own(&state, &mut last, now);
             names.keep(&self, now);
-            self.follow(state, &mut last, &names, now).await;
+            self.follow(state, &mut last, (&names, &mut entry), now).await;
             let wake = futures_lite::future::or(
                 async {
                     self.shared.hints.woken().await;
@@ -119,7 +123,13 @@ impl Mesh {
         }
     }
 
-    async fn follow(&self, state: Arc<State>, last: &mut Last, names: &NameServer, now: Instant) {
+    async fn follow(
+        &self,
+        state: Arc<State>,
+        last: &mut Last,
+        (names, entry): (&NameServer, &mut Entry),
+        now: Instant,
+    ) {
         let hints = &self.shared.hints;
         let mut down = hints.down();
         down.extend(last.own_down.iter().map(|instance| (self.node, *instance)));
@@ -134,6 +144,7 @@ impl Mesh {
         let view = View { state: &state, own: self.node, down: &down, silent: &silent };
         let wiring = wiring::plan(&view);
         names.tell(&view, self.shared.ground.network.bridge_address());
+        entry.follow(self, &view);
         let before = self.shared.network_view();
         if before.wiring != wiring || before.error.is_some() || is_due {
             let is_first = last.applied_at.is_none();
@@ -237,6 +248,42 @@ impl NameServer {
     }
 }
 
+/// The way in for HTTP.
+struct Entry {
+    ingress: Option<Ingress>,
+    told: Option<(u16, u16, Vec<Route>)>,
+}
+
+impl Entry {
+    fn new(mesh: &Mesh) -> Entry {
+        let ingress = Ingress::start(IngressConfig::default(), &mesh.executor);
+        let ingress = ingress.inspect_err(|error| warn!(error = chain(error), "start the HTTP ingress"));
+        Entry { ingress: ingress.ok(), told: None }
+    }
+
+    /// Tried again, with every look at the network, until its ports are to be had.
+    fn follow(&mut self, mesh: &Mesh, view: &View<'_>) {
+        let Some(ingress) = &self.ingress else { return };
+        let table = routes::table(view);
+        let wanted = (table.http_port, table.https_port, table.routes.clone());
+        if self.told.as_ref() == Some(&wanted) {
+            return;
+        }
+        match ingress.set_routes(table) {
+            Ok(()) => {
+                self.told = Some(wanted);
+                mesh.shared.set_ingress_problem(None);
+            }
+            Err(error) => {
+                let text = chain(&error);
+                if mesh.shared.set_ingress_problem(Some(text.clone())) {
+                    warn!(error = text, "HTTP routes");
+                }
+            }
+        }
+    }
+}
+
 /// Endpoints that died while no daemon looked: connections to them still hang.
 fn dead_since_last_run(network: &Network, alive: &BTreeSet<Ipv4Addr>) -> Vec<Ipv4Addr> {
     let counts: BTreeMap<Ipv4Addr, u32> = network.connection_counts().unwrap_or_default();
@@ -269,8 +316,21 @@ impl Shared {
         self.network_view.lock().unwrap_or_else(PoisonError::into_inner).names_problem = problem;
     }
 
+    /// Whether that is news.
+    fn set_ingress_problem(&self, problem: Option<String>) -> bool {
+        let mut view = self.network_view.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_news = view.ingress_problem != problem;
+        view.ingress_problem = problem;
+        is_news
+    }
+
     fn set_network_view(&self, view: NetworkView) {
-        *self.network_view.lock().unwrap_or_else(PoisonError::into_inner) = view;
+        let mut place = self.network_view.lock().unwrap_or_else(PoisonError::into_inner);
+        *place = NetworkView {
+            names_problem: place.names_problem.take(),
+            ingress_problem: place.ingress_problem.take(),
+            ..view
+        };
     }
 }
 

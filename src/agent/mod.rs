@@ -17,6 +17,7 @@ mod names;
 mod reconcile;
 mod report;
 mod restart;
+mod routes;
 pub mod wiring;
 mod worker;
 

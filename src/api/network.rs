@@ -51,6 +51,15 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
         text: format!("containers have no name server: {text}"),
         remedy: Some("find who has port 53: ss -lnup 'sport = :53'".into()),
     }));
+    problems.extend(view.ingress_problem.map(|text| {
+        NetworkProblemBody {
+            text: format!("HTTP routes are not served: {text}"),
+            remedy: Some(
+                "stop the program that has the port, or move the routes: tinydc settings ingress_http_port"
+                    .into(),
+            ),
+        }
+    }));
     problems.extend(view.error.map(|text| NetworkProblemBody { text, remedy: None }));
     problems.extend(view.taken.iter().map(|taken| NetworkProblemBody {
         text: format!(

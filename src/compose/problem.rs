@@ -171,7 +171,7 @@ impl<'n> Spot<'n> {
         })
     }
 
-    fn say(&self, message: impl fmt::Display) -> String {
+    pub fn say(&self, message: impl fmt::Display) -> String {
         if self.path.is_empty() { message.to_string() } else { format!("{}: {message}", self.path) }
     }
 }

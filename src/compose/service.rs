@@ -5,6 +5,7 @@
 
 use super::deploy::{self, Amounts};
 use super::environment::read_environment;
+use super::ingress_labels::read_ingress_labels;
 use super::keys::{self, is_neutral, supported};
 use super::mounts::{Mounts, read_tmpfs};
 use super::networks::is_dns_name;
@@ -12,6 +13,8 @@ use super::ports::{Published, read_ports};
 use super::problem::{Problems, Spot, shortened};
 use super::{Surroundings, depends, health, values};
 use crate::model::limits::{REPLICAS_MAX, SERVICE_SPEC_BYTES_MAX};
+use std::collections::BTreeMap;
+
 use crate::model::{
     Constraint, ConstraintSubject, ImageSpec, MountSource, MountSpec, RestartPolicy, ServiceSpec,
 };
@@ -124,6 +127,7 @@ impl ServiceReader {
             "labels" => {
                 let pairs = values::pairs(entry, problems).into_iter();
                 spec.labels = pairs.map(|(key, value)| (key, value.unwrap_or_default())).collect();
+                name_label_problems(&spec.labels, entry, problems);
             }
             "healthcheck" => spec.health = health::read_health(entry, problems),
             "stop_signal" => {
@@ -273,6 +277,21 @@ impl ServiceReader {
             problems.error_with(spot, message, "move long texts into files and mount them");
         }
         self.spec
+    }
+}
+
+/// What of the labels that make HTTP routes can't be kept, at the label's own line.
+fn name_label_problems(labels: &BTreeMap<String, String>, entry: &Spot<'_>, problems: &mut Problems) {
+    for problem in read_ingress_labels(labels).problems {
+        let at_key = entry.entries().find(|(key, _)| *key == problem.label).map(|(_, spot)| spot);
+        let at_item = || {
+            entry.items().find(|item| {
+                let text = item.node.scalar().unwrap_or_default();
+                text.split_once('=').map_or(text, |(key, _)| key).trim() == problem.label
+            })
+        };
+        let place = at_key.or_else(at_item).unwrap_or_else(|| entry.clone());
+        problems.add(problem.severity, place.position(), place.say(&problem.message), problem.hint);
     }
 }
 

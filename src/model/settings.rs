@@ -27,6 +27,9 @@ pub struct Settings {
     pub default_cpu_millis: u64,
     /// Registries that may be asked without TLS, `host:port`.
     pub insecure_registries: Vec<String>,
+    /// Where HTTP routes are served while there are any.
+    pub ingress_http_port: u16,
+    pub ingress_https_port: u16,
 }
 
 impl Default for Settings {
@@ -36,6 +39,8 @@ impl Default for Settings {
             default_memory_bytes: 64 << 20,
             default_cpu_millis: 100,
             insecure_registries: Vec::new(),
+            ingress_http_port: 80,
+            ingress_https_port: 443,
         }
     }
 }
@@ -56,11 +61,13 @@ pub enum SettingError {
     BadValue { key: String, value: String, expected: &'static str },
 }
 
-const KEYS: [(&str, &str); 4] = [
+const KEYS: [(&str, &str); 6] = [
     ("timers", "card: for SD cards; fast: for SSDs, a leader is replaced within a second"),
     ("default_memory", "memory reserved for an instance that reserves none (MiB)"),
     ("default_cpu", "CPU reserved for an instance that reserves none (thousandths of a core)"),
     ("insecure_registries", "registries that may be asked without TLS (host:port, comma-separated)"),
+    ("ingress_http_port", "where services with an HTTP route are served"),
+    ("ingress_https_port", "the same with TLS"),
 ];
 
 impl Settings {
@@ -84,6 +91,8 @@ impl Settings {
             },
             "default_memory" => (self.default_memory_bytes >> 20).to_string(),
             "default_cpu" => self.default_cpu_millis.to_string(),
+            "ingress_http_port" => self.ingress_http_port.to_string(),
+            "ingress_https_port" => self.ingress_https_port.to_string(),
             _ => self.insecure_registries.join(","),
         }
     }
@@ -107,6 +116,12 @@ impl Settings {
             }
             "default_cpu" => {
                 self.default_cpu_millis = number(0..=64_000, "thousandths of a core, 0 to 64000")?;
+            }
+            "ingress_http_port" => {
+                self.ingress_http_port = number(1..=65_535, "a port, 1 to 65535")? as u16;
+            }
+            "ingress_https_port" => {
+                self.ingress_https_port = number(1..=65_535, "a port, 1 to 65535")? as u16;
             }
             "insecure_registries" => {
                 let hosts: Vec<String> =

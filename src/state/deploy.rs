@@ -4,6 +4,7 @@ use super::State;
 use super::apply::not_found;
 use super::command::{KeptVolume, Outcome, Rejection, Reply};
 use super::rows::{App, PreviousSpec, Service, Update, Volume, VolumeKey};
+use crate::compose::ingress_labels::read_ingress_labels;
 use crate::model::limits::{
     CLUSTER_PORTS, INSTANCES_MAX, REPLICAS_MAX, SERVICE_SPEC_BYTES_MAX, SERVICES_PER_APP_MAX,
 };
@@ -18,6 +19,7 @@ pub fn deploy(state: &mut State, spec: &AppSpec, artifacts: &[Artifact]) -> Outc
     check_bounds(state, spec)?;
     let spec = &with_ports_chosen(state, spec)?;
     check_ports(state, spec)?;
+    check_routes(state, spec)?;
     for artifact in artifacts {
         merge_artifact(state, artifact);
     }
@@ -165,6 +167,34 @@ fn check_ports(state: &State, spec: &AppSpec) -> Result<(), Rejection> {
                 return Err(Rejection::PortTaken { port: published, protocol, owner: by.clone() });
             }
             owners.insert((port.protocol, published, port.host_address), owner);
+        }
+    }
+    Ok(())
+}
+
+/// An app that publishes a port of the ingress and a service with a route exclude each other: only one can listen there.
+fn check_routes(state: &State, spec: &AppSpec) -> Result<(), Rejection> {
+    let others = state
+        .services
+        .rows()
+        .filter(|service| service.app != spec.name && !service.is_removed)
+        .map(|service| (format!("{}/{}", service.app, service.name), &service.spec));
+    let own = spec.services.iter().map(|(name, service)| (format!("{}/{name}", spec.name), service));
+    let all: Vec<(String, &ServiceSpec)> = others.chain(own).collect();
+    let routed = all.iter().find(|(_, service)| !read_ingress_labels(&service.labels).routes.is_empty());
+    let Some((routed, _)) = routed else { return Ok(()) };
+    let settings = state.cluster_settings();
+    let ingress = [settings.ingress_http_port, settings.ingress_https_port];
+    let is_in_the_way = |port: &PortSpec| {
+        port.protocol == Protocol::Tcp && port.published.is_some_and(|published| ingress.contains(&published))
+    };
+    for (name, service) in &all {
+        if let Some(port) = service.ports.iter().find(|port| is_in_the_way(port)) {
+            let port = port.published.unwrap_or_default();
+            return Err(Rejection::Invalid(format!(
+                "{name} publishes port {port}, where {routed} is served by its HTTP route; \
+                 publish another port, or move the routes: tinydc settings ingress_http_port 8080"
+            )));
         }
     }
     Ok(())

@@ -63,6 +63,20 @@ pub const SCENARIOS: &[Scenario] = &[
         machines: 2,
         run: two_lans,
     },
+    Scenario {
+        name: "http-routes",
+        proves: "labels, also Traefik's, route hosts to services on every node; an app that publishes the same port is refused \
+                 with both names; without a route nothing listens",
+        machines: 3,
+        run: http_routes,
+    },
+    Scenario {
+        name: "in-the-way",
+        proves: "a foreign chain that drops what is forwarded is named with the line that cures it, and a broken service with \
+                 the step that is broken",
+        machines: 1,
+        run: in_the_way,
+    },
 ];
 
 /// What `GET /v1/network` says of a service.
@@ -533,4 +547,61 @@ fn transfer(server: &PathBuf, address: Ipv4Addr, client: &PathBuf) -> Result<f64
     let total = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
     ensure!(total == BYTES, "{total} of {BYTES} bytes arrived");
     Ok(BYTES as f64 / 1e6 / begin.elapsed().as_secs_f64())
+}
+
+fn http_routes(stage: &mut Stage) -> Result<()> {
+    stage.form(3)?;
+    let labels = "    labels:\n      tinydc.http.host: shop.example\n      tinydc.http.port: \"8080\"\n";
+    let traefik = "    labels:\n      - \"traefik.http.routers.b.rule=Host(`blog.example`) && PathPrefix(`/`)\"\n      \
+                   - traefik.http.services.b.loadbalancer.server.port=8080\n";
+    let yaml = format!("services:\n{}{}", named("web", 2, labels), named("blog", 1, traefik));
+    stage.deploy(0, "shop", &yaml)?;
+    let ask = |address: Ipv4Addr, host: &str| -> Result<String> {
+        let output = netns::in_netns(&stage.lab.lan.netns, || {
+            let url = format!("http://{address}/");
+            let header = format!("host: {host}");
+            std::process::Command::new("curl").args(["-s", "-m", "2", "-H", &header, &url]).output()
+        })?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    for node in &stage.lab.nodes {
+        until(&format!("{} serves the routes", node.name), Duration::from_secs(5), || {
+            Ok(ask(node.address, "shop.example")?.contains("hello from web")
+                && ask(node.address, "blog.example")?.contains("hello from blog"))
+        })?;
+        let unknown = ask(node.address, "other.example")?;
+        ensure!(!unknown.contains("hello"), "{unknown}");
+    }
+    let publishes = format!("services:\n{}", named("web", 1, "    ports: [\"80:8080\"]\n"));
+    let path = stage.write_compose("other", &publishes)?.display().to_string();
+    let refused = stage.cli_refused(0, &["deploy", "-f", &path, "--name", "other"], 1)?;
+    ensure!(refused.contains("other/web") && refused.contains("shop/"), "both are named: {refused}");
+    // Ports are bound only while there is a route.
+    stage.cli(0, &["rm", "shop"])?;
+    let address = stage.lab.nodes[1].address;
+    until("the port is closed", Duration::from_secs(5), || {
+        let connect =
+            move || std::net::TcpStream::connect_timeout(&(address, 80).into(), Duration::from_millis(300));
+        Ok(netns::in_netns(&stage.lab.lan.netns, connect).is_err())
+    })
+}
+
+fn in_the_way(stage: &mut Stage) -> Result<()> {
+    stage.form(1)?;
+    stage.deploy(0, "shop", &web(8080, 1, "a"))?;
+    ensure!(stage.cli(0, &["net", "check", "shop/web"]).is_ok(), "nothing is in the way yet");
+    let rules =
+        "table ip filter { chain FORWARD { type filter hook forward priority filter; policy drop; } }";
+    let made = stage.lab.nodes[0].inside(|| std::process::Command::new("nft").arg(rules).output())?;
+    ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let shown = stage.cli(0, &["net"])?;
+    ensure!(shown.contains("FORWARD") && shown.contains("iptables -I FORWARD -s 10.77.0.0/16"), "{shown}");
+    let output = stage.try_cli(0, &["net", "check", "shop/web"])?;
+    ensure!(output.status.code() == Some(1), "the check fails: {:?}", output.status);
+    stage.cli(0, &["scale", "shop/web=0"])?;
+    until("the check says what is broken", Duration::from_secs(5), || {
+        let output = stage.try_cli(0, &["net", "check", "shop/web"])?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        Ok(text.contains("leads nowhere"))
+    })
 }
