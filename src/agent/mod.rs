@@ -7,6 +7,7 @@
 //! Never: decides where anything runs; writes what was not asked for.
 
 pub mod artifacts;
+mod disk;
 mod health;
 pub mod launch;
 mod lease;
