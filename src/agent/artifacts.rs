@@ -3,6 +3,7 @@
 //! Content is a tar by digest, unpacked once to `<data>/content/<hex>/`; images go to the runtime's store. Bytes from
 //! a peer are verified like bytes from anywhere.
 
+use crate::linux::disk::Space;
 use crate::model::*;
 use crate::runtime::Runtime;
 use crate::runtime::images::{
@@ -23,6 +24,8 @@ pub type PeerBlobs = dyn Fn(NodeId, &Digest) -> Result<Box<dyn Read + Send>, Sou
 pub enum FetchArtifactError {
     #[error("the image has no digest yet")]
     NoDigest,
+    #[error("the disk is nearly full: {free_mib} MiB free, and below {wanted_mib} MiB nothing is fetched")]
+    DiskLow { free_mib: u64, wanted_mib: u64 },
     #[error("bad image name")]
     Reference(#[from] ReferenceError),
     #[error("ask the registry")]
@@ -88,6 +91,17 @@ impl Artifacts {
         Ok((store.config(&here)?.config, here.layers))
     }
 
+    /// Images and content must not take what the cluster's state needs.
+    fn check_space(&self) -> Result<(), FetchArtifactError> {
+        match Space::of(&self.data_dir) {
+            Some(space) if space.is_low() => Err(FetchArtifactError::DiskLow {
+                free_mib: space.free_bytes >> 20,
+                wanted_mib: space.low_mark_bytes() >> 20,
+            }),
+            _ => Ok(()),
+        }
+    }
+
     /// The image with everything a peer would need of it.
     fn fetch_image(
         &self,
@@ -96,6 +110,7 @@ impl Artifacts {
         digest: &Digest,
         progress: &mut dyn FnMut(String),
     ) -> Result<images::Image, FetchArtifactError> {
+        self.check_space()?;
         let artifact = state.artifacts.find(digest);
         let must_keep = artifact.is_some_and(|artifact| artifact.kind == ArtifactKind::LoadedImage);
         let name = image.reference.as_str();

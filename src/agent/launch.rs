@@ -58,6 +58,8 @@ pub enum LaunchError {
     NoAddress,
     #[error("the state no longer knows the instance")]
     Gone,
+    #[error("{0}")]
+    DiskFull(String),
     #[error("exclusive, and no leader confirms that this node is the one to run it")]
     NoLease,
 }
@@ -114,6 +116,9 @@ impl Ground {
         }
         self.write_files(&container, service, instance, address)?;
         if !matches!(self.runtime.state(&container), ContainerState::Running { .. }) {
+            if let Some(why) = self.over_quota(id) {
+                return Err(LaunchError::DiskFull(why));
+            }
             progress("starting".into());
             let lease = match service.spec_of(instance.spec_version).is_exclusive {
                 true => Some(self.lease.for_start().ok_or(LaunchError::NoLease)?),

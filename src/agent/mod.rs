@@ -8,6 +8,7 @@
 
 mod addresses;
 pub mod artifacts;
+mod disk;
 mod health;
 mod hints;
 pub mod launch;

@@ -33,6 +33,8 @@ pub struct Local {
     /// An action failed: nothing is tried before this, and twice as long after the next failure.
     pub retry_at: Mono,
     pub failures: u32,
+    /// The agent itself is ending it, for this reason.
+    pub stopped_because: Option<String>,
     /// A removal was begun because the state asks for it.
     pub is_gone: bool,
 }

@@ -1,6 +1,7 @@
 //! The agent's task: one loop that owns what is known of the containers here.
 
 use super::addresses::{HeldAddresses, HeldCell, Keeper};
+use super::disk;
 use super::health;
 use super::hints::Hints;
 use super::launch::{Ground, container_id, instance_of};
@@ -30,6 +31,8 @@ const DELETE_AGAIN_MS: u64 = 10_000;
 /// From the decision to stop an instance until every node knows.
 const DRAIN: Duration = Duration::from_millis(150);
 const SWEEP_EVERY_MS: u64 = 600_000;
+/// Measuring reads every file's size in each writable layer.
+const MEASURE_EVERY_MS: u64 = 5_000;
 
 /// What happened to a container here.
 #[derive(Debug)]
@@ -57,6 +60,11 @@ pub enum Signal {
     Progress {
         instance: InstanceId,
         text: String,
+    },
+    /// It is being stopped because it fills the disk.
+    OverQuota {
+        instance: InstanceId,
+        why: String,
     },
     /// An artifact was brought here, or could not be.
     Kept {
@@ -146,6 +154,7 @@ impl Agent {
             is_caught_up: false,
             announced_at: None,
             swept_at: None,
+            measured_at: None,
             deleting_since: None,
             config,
         };
@@ -236,6 +245,7 @@ struct Worker {
     is_caught_up: bool,
     announced_at: Option<Mono>,
     swept_at: Option<Mono>,
+    measured_at: Option<Mono>,
     deleting_since: Option<Mono>,
 }
 
@@ -367,6 +377,7 @@ impl Worker {
             self.keep_artifacts(state);
             self.delete_volumes(state);
             self.sweep(state, now);
+            self.watch_disk(state, now);
         }
         self.send_reports(state, now).await;
         self.errands.retain(|task| !task.is_finished());
@@ -485,6 +496,11 @@ impl Worker {
                     local.is_untested = false;
                 }
             }
+            Signal::OverQuota { instance, why } => {
+                if let Some(local) = self.shared.locals().get_mut(&instance) {
+                    local.stopped_because = Some(why);
+                }
+            }
             Signal::Kept { digest, is_here } => {
                 self.keeping.remove(&digest);
                 if is_here {
@@ -542,7 +558,10 @@ impl Worker {
         info!(instance = %id, %exit, "container ended");
         local.presence = Presence::Stopped;
         local.verdict = None;
-        local.restarts.exited(exit, policy_of(state, id), now);
+        match local.stopped_because.take() {
+            Some(why) => local.restarts.not_started(why, now),
+            None => local.restarts.exited(exit, policy_of(state, id), now),
+        }
     }
 
     fn done(&mut self, id: InstanceId, error: Option<String>, what: &str, change: impl FnOnce(&mut Local)) {
@@ -663,8 +682,21 @@ impl Worker {
         self.swept_at = Some(now);
         let (ground, state) = (self.shared.ground.clone(), state.clone());
         self.errands.push(self.config.executor.spawn(async move {
-            smol::unblock(move || sweep_files(&ground, &state)).await;
+            smol::unblock(move || disk::sweep_files(&ground, &state)).await;
         }));
+    }
+
+    fn watch_disk(&mut self, state: &State, now: Mono) {
+        let is_due = self.measured_at.is_none_or(|at| now.since_ms(at) >= MEASURE_EVERY_MS);
+        if !is_due || !disk::is_critical(&self.shared.ground.data_dir) {
+            return;
+        }
+        self.measured_at = Some(now);
+        let locals = self.shared.locals().clone();
+        let running = locals.into_iter().filter(|(_, local)| local.presence == Presence::Running);
+        let running = running.map(|(id, _)| (id, stop_of(state, id).0.unwrap_or(libc::SIGTERM))).collect();
+        let stop = disk::stop_over_quota(self.shared.ground.clone(), running, self.sender.clone());
+        self.errands.push(self.config.executor.spawn(stop));
     }
 
     async fn send_reports(&mut self, state: &State, now: Mono) {
@@ -748,36 +780,6 @@ fn is_keeper(state: &State, artifact: &Artifact, own: NodeId) -> bool {
     let holders = live.iter().filter(|id| artifact.holders.contains(id)).count();
     let first = live.iter().find(|id| !artifact.holders.contains(id));
     holders < 2 && first == Some(&own)
-}
-
-fn sweep_files(ground: &Ground, state: &State) {
-    let in_use: BTreeSet<&Digest> = state
-        .services
-        .rows()
-        .flat_map(|service| {
-            let specs = service.older_specs().map(|older| &older.spec).chain([&service.spec]);
-            specs.flat_map(|spec| spec.content_digests().into_iter().chain(spec.image.digest.as_ref()))
-        })
-        .collect();
-    ground.artifacts.sweep_content(|hex| in_use.iter().any(|digest| digest.hex() == hex));
-    let keep = state
-        .artifacts
-        .rows()
-        .filter(|artifact| artifact.kind != ArtifactKind::RegistryImage || in_use.contains(&artifact.digest))
-        .map(|artifact| super::artifacts::images_digest(&artifact.digest))
-        .collect();
-    match ground.runtime.collect_garbage(&keep) {
-        Ok(collected) if collected.images + collected.blobs + collected.layers > 0 => {
-            info!(
-                images = collected.images,
-                blobs = collected.blobs,
-                layers = collected.layers,
-                "unused images removed"
-            );
-        }
-        Ok(_) => {}
-        Err(error) => warn!(%error, "remove unused images"),
-    }
 }
 
 /// An error with its causes, in one line.

@@ -5,6 +5,7 @@
 
 pub mod cgroup;
 pub mod clock;
+pub mod disk;
 pub mod mount;
 pub mod netns;
 pub mod packet;

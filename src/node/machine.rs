@@ -1,6 +1,7 @@
 //! What the machine is and has: size, name, fingerprint, and the figures of the moment.
 
 use crate::control::Figures;
+use crate::linux::disk::Space;
 use crate::model::{NodeSize, Timestamp};
 use std::fs;
 use std::path::PathBuf;
@@ -86,19 +87,10 @@ impl Gauge {
             fsync_age_ms: 0,
             load_percent: (load * 100.0) as u32,
             memory_available_bytes: meminfo("MemAvailable:").unwrap_or(0),
-            is_disk_full: self.is_disk_full(),
+            is_disk_full: Space::of(&self.data_dir).is_some_and(Space::is_low),
             holdable: self.holdable.load(Ordering::Relaxed),
         };
         *last = Some((Instant::now(), figures));
         figures
-    }
-
-    /// Below the larger of 5 % and 256 MiB free.
-    fn is_disk_full(&self) -> bool {
-        rustix::fs::statvfs(&self.data_dir).is_ok_and(|disk| {
-            let free = disk.f_bavail * disk.f_frsize;
-            let total = disk.f_blocks * disk.f_frsize;
-            free < (total / 20).max(256 << 20).min(total / 2)
-        })
     }
 }

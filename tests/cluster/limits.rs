@@ -21,6 +21,13 @@ pub const SCENARIOS: &[Scenario] = &[
         machines: 3,
         run: full_disk,
     },
+    Scenario {
+        name: "low-disk",
+        proves: "on a disk that is all but full a container that wrote much is stopped and ps says why, the others run on, \
+                 and with space it runs again",
+        machines: 1,
+        run: low_disk,
+    },
 ];
 
 fn out_of_memory(stage: &mut Stage) -> Result<()> {
@@ -104,6 +111,10 @@ fn full_disk(stage: &mut Stage) -> Result<()> {
     Ok(())
 }
 
+fn free_bytes(folder: &std::path::Path) -> Result<u64> {
+    Ok(tinydc::linux::disk::Space::of(folder).context("the disk says how full it is")?.free_bytes)
+}
+
 /// Writes until nothing more fits.
 fn fill(path: &std::path::Path) -> Result<()> {
     let file = File::create(path)?;
@@ -117,4 +128,41 @@ fn fill(path: &std::path::Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+fn low_disk(stage: &mut Stage) -> Result<()> {
+    let folder = stage.lab.nodes[0].data_dir();
+    std::fs::create_dir_all(&folder)?;
+    let (source, options) = (Some("tmpfs"), format!("size={DISK_BYTES}"));
+    nix::mount::mount(source, &folder, source, nix::mount::MsFlags::empty(), Some(options.as_str()))
+        .context("mount a small disk")?;
+    stage.form(1)?;
+    stage.deploy(0, "calm", &web(8080, 1, "calm"))?;
+    let yaml = format!(
+        "services:\n  hog:\n    image: {IMAGE}\n    entrypoint: [\"sh\", \"-c\", \"dd if=/dev/zero of=/big bs=1M count=80; \
+         sleep 1000\"]\n"
+    );
+    let path = stage.write_compose("greedy", &yaml)?.display().to_string();
+    let before = free_bytes(&folder)?;
+    stage.cli(0, &["deploy", "-d", "-f", &path, "--name", "greedy"])?;
+    until("it has written 80 MiB", Duration::from_secs(30), || {
+        Ok(free_bytes(&folder)? + (80 << 20) <= before)
+    })?;
+    let calm = stage.pids(0, "calm")?;
+    // Between nothing and the critical mark of 128 MiB.
+    let ballast = File::create(folder.join("ballast"))?;
+    let free = free_bytes(&folder)?;
+    rustix::fs::fallocate(&ballast, rustix::fs::FallocateFlags::empty(), 0, free.saturating_sub(60 << 20))?;
+    let begin = Instant::now();
+    until("it is stopped, and ps says why", Duration::from_secs(20), || {
+        let said = stage.cli(0, &["ps", "greedy"])?;
+        Ok(stage.pids(0, "greedy")?.is_empty() && said.contains("the disk is nearly full"))
+    })?;
+    stage.note("disk all but full → stopped with a reason", begin);
+    let said = stage.cli(0, &["ps", "greedy"])?;
+    stage.remark(said.lines().nth(1).unwrap_or_default().trim().into());
+    ensure!(stage.pids(0, "calm")? == calm, "the other one runs on");
+    std::fs::remove_file(folder.join("ballast"))?;
+    drop(ballast);
+    stage.wait_up(0, "greedy", 1, Duration::from_secs(70))
 }
