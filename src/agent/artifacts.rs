@@ -271,6 +271,22 @@ impl Artifacts {
     }
 }
 
+/// Whether this node is the one to fetch another copy: fewer than two live holders, and it comes first of the rest.
+pub fn is_keeper(state: &State, artifact: &Artifact, own: NodeId) -> bool {
+    if artifact.kind == ArtifactKind::RegistryImage || artifact.holders.is_empty() {
+        return false;
+    }
+    let live: Vec<NodeId> = state
+        .nodes
+        .rows()
+        .filter(|node| node.condition == Condition::Up && !node.is_leaving)
+        .map(|node| node.id)
+        .collect();
+    let holders = live.iter().filter(|id| artifact.holders.contains(id)).count();
+    let first = live.iter().find(|id| !artifact.holders.contains(id));
+    holders < 2 && first == Some(&own)
+}
+
 fn holder_names(state: &State, artifact: &Artifact) -> String {
     let names: Vec<String> = artifact.holders.iter().map(|id| state.node_name(*id)).collect();
     if names.is_empty() { "no node holds it".into() } else { names.join(", ") }

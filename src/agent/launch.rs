@@ -188,6 +188,7 @@ impl Ground {
         container.pids_max = spec.resources.pids_max;
         container.is_rootfs_read_only = spec.is_read_only;
         container.has_terminal = spec.has_tty;
+        container.has_init = spec.has_init;
         container.netns = Some(netns);
         for mount in &spec.mounts {
             self.add_mount(state, service, mount, &mut container, progress)?;

@@ -1,6 +1,7 @@
 //! The agent's task: one loop that owns what is known of the containers here.
 
 use super::addresses::{HeldAddresses, HeldCell, Keeper};
+use super::artifacts::is_keeper;
 use super::disk;
 use super::health;
 use super::hints::Hints;
@@ -149,6 +150,7 @@ impl Agent {
             signals,
             tasks: BTreeMap::new(),
             probes: BTreeMap::new(),
+            image_checks: BTreeMap::new(),
             keeping: BTreeSet::new(),
             errands: Vec::new(),
             is_caught_up: false,
@@ -240,6 +242,8 @@ struct Worker {
     /// Waits for a container's end, or the work under way.
     tasks: BTreeMap<InstanceId, Task<()>>,
     probes: BTreeMap<InstanceId, Task<()>>,
+    /// HEALTHCHECKs of the images of what runs here, read once per container.
+    image_checks: BTreeMap<InstanceId, Option<HealthSpec>>,
     keeping: BTreeSet<Digest>,
     errands: Vec<Task<()>>,
     is_caught_up: bool,
@@ -591,10 +595,22 @@ impl Worker {
             locals.iter().filter(runs).map(|(id, _)| *id).collect()
         };
         self.probes.retain(|id, _| running.contains(id));
+        self.image_checks.retain(|id, _| running.contains(id));
         for id in running {
-            let spec = spec_of(state, id).and_then(|spec| spec.health.clone());
+            if self.probes.contains_key(&id) {
+                continue;
+            }
+            let own = spec_of(state, id).and_then(|spec| spec.health.clone());
+            // The service's word counts before the image's, also when it is that there is no check.
+            let spec = own.or_else(|| {
+                let read = || {
+                    let made = self.shared.ground.runtime.spec(&container_id(id)).ok();
+                    made.and_then(|made| made.image.health)
+                };
+                self.image_checks.entry(id).or_insert_with(read).clone()
+            });
             let spec = spec.filter(|spec| spec.test != HealthTest::Disabled);
-            if let Some(spec) = spec.filter(|_| !self.probes.contains_key(&id)) {
+            if let Some(spec) = spec {
                 let runtime = self.shared.ground.runtime.clone();
                 if let Some(local) = self.shared.locals().get_mut(&id) {
                     local.is_probed = true;
@@ -764,22 +780,6 @@ fn exit_of(end: ContainerEnd, limit_bytes: u64) -> Exit {
         },
         ContainerEnd::Lost => Exit::Signal(libc::SIGKILL as u8),
     }
-}
-
-/// Whether this node is the one to fetch another copy: fewer than two live holders, and it comes first of the rest.
-fn is_keeper(state: &State, artifact: &Artifact, own: NodeId) -> bool {
-    if artifact.kind == ArtifactKind::RegistryImage || artifact.holders.is_empty() {
-        return false;
-    }
-    let live: Vec<NodeId> = state
-        .nodes
-        .rows()
-        .filter(|node| node.condition == Condition::Up && !node.is_leaving)
-        .map(|node| node.id)
-        .collect();
-    let holders = live.iter().filter(|id| artifact.holders.contains(id)).count();
-    let first = live.iter().find(|id| !artifact.holders.contains(id));
-    holders < 2 && first == Some(&own)
 }
 
 /// An error with its causes, in one line.

@@ -181,11 +181,14 @@ pub async fn deploy(
     let asked = Command::DeployApp { spec: Box::new(wish.spec.clone()), artifacts: Vec::new() };
     let mark = mark_of(&head.headers, &asked)?;
     let state = backend.reading().await?.state;
-    super::ports::check(backend, &state, &wish.spec).await?;
     let (images, artifacts) = resolve_images(backend, &state, &mut wish.spec).await?;
+    let spec = wish.spec.clone();
     let command = Command::DeployApp { spec: Box::new(wish.spec), artifacts };
+    // What the cluster itself would refuse comes first: it says more than that a port is taken.
+    let would_be = dry_run(&state, name, command.clone(), images.clone())?;
+    super::ports::check(backend, &state, &spec).await?;
     if wish.is_dry_run {
-        return body::ok(&dry_run(&state, name, command, images)?);
+        return body::ok(&would_be);
     }
     let StateReply::Deployed { revision, changed, removed } = backend.submit(mark, command).await? else {
         return Err(unexpected());

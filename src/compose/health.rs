@@ -6,19 +6,17 @@ use super::keys::{self, is_neutral, supported};
 use super::problem::{Problems, Spot, shortened};
 use super::tree::Value;
 use super::values;
+use crate::model::spec::{HEALTH_INTERVAL_MS, HEALTH_RETRIES, HEALTH_TIMEOUT_MS};
 use crate::model::{HealthSpec, HealthTest};
 
-const INTERVAL_MS: u64 = 30_000;
-const TIMEOUT_MS: u64 = 30_000;
-const RETRIES: u32 = 3;
 const RETRIES_MAX: u64 = 1000;
 
 pub fn read_health(spot: &Spot<'_>, problems: &mut Problems) -> Option<HealthSpec> {
     let mut health = HealthSpec {
         test: HealthTest::Disabled,
-        interval_ms: INTERVAL_MS,
-        timeout_ms: TIMEOUT_MS,
-        retries: RETRIES,
+        interval_ms: HEALTH_INTERVAL_MS,
+        timeout_ms: HEALTH_TIMEOUT_MS,
+        retries: HEALTH_RETRIES,
         start_period_ms: 0,
     };
     let mut test = None;
@@ -29,7 +27,7 @@ pub fn read_health(spot: &Spot<'_>, problems: &mut Problems) -> Option<HealthSpe
             "disable" => is_disabled = values::boolean(&entry, problems).unwrap_or(false),
             "retries" => {
                 if let Some(retries) = values::number(&entry, 0..=RETRIES_MAX, problems) {
-                    health.retries = if retries == 0 { RETRIES } else { retries as u32 };
+                    health.retries = if retries == 0 { HEALTH_RETRIES } else { retries as u32 };
                 }
             }
             _ => {

@@ -6,6 +6,7 @@
 pub mod cgroup;
 pub mod clock;
 pub mod disk;
+pub mod init;
 pub mod mount;
 pub mod netns;
 pub mod packet;

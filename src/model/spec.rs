@@ -149,6 +149,11 @@ pub enum RestartPolicy {
     },
 }
 
+/// What a check has when it does not say, as in Docker.
+pub const HEALTH_INTERVAL_MS: u64 = 30_000;
+pub const HEALTH_TIMEOUT_MS: u64 = 30_000;
+pub const HEALTH_RETRIES: u32 = 3;
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HealthSpec {
     pub test: HealthTest,

@@ -27,6 +27,8 @@ const CPU_PERIOD_USEC: u64 = 100_000;
 /// A quota below 1 ms per period is refused by the kernel.
 const CPU_QUOTA_USEC_MIN: i64 = 1_000;
 const ID_BYTES_MAX: usize = 64;
+/// Set on a container whose first process is an init.
+pub(super) const INIT_ANNOTATION: &str = "tinydc.init";
 
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
@@ -147,6 +149,9 @@ pub struct ContainerSpec {
     pub cap_drop: Vec<String>,
     /// A pseudo terminal for the main process; its output is one stream.
     pub has_terminal: bool,
+    /// `init: true`: a small first process reaps orphans and passes signals on.
+    #[serde(default)]
+    pub has_init: bool,
     /// The network namespace to join. `None`: a new one with nothing but loopback.
     pub netns: Option<PathBuf>,
 }
@@ -173,6 +178,7 @@ impl ContainerSpec {
             cap_add: Vec::new(),
             cap_drop: Vec::new(),
             has_terminal: false,
+            has_init: false,
             netns: None,
         }
     }
@@ -328,7 +334,10 @@ pub fn oci_spec(spec: &ContainerSpec, around: &Surroundings) -> Result<Spec, Bun
         ("net.ipv4.ping_group_range".to_owned(), "0 2147483647".to_owned()),
     ]));
     let root = RootBuilder::default().path(&around.rootfs).readonly(spec.is_rootfs_read_only).build()?;
+    // The runtime spec has no word for it.
+    let annotations = spec.has_init.then(|| (INIT_ANNOTATION.to_owned(), "true".to_owned()));
     let built = SpecBuilder::default()
+        .annotations(annotations.into_iter().collect::<HashMap<_, _>>())
         .version("1.0.2")
         .root(root)
         .hostname(spec.hostname.clone())

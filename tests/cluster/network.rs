@@ -591,7 +591,7 @@ fn in_the_way(stage: &mut Stage) -> Result<()> {
     stage.deploy(0, "shop", &web(8080, 1, "a"))?;
     ensure!(stage.cli(0, &["net", "check", "shop/web"]).is_ok(), "nothing is in the way yet");
     let rules =
-        "table ip filter { chain FORWARD { type filter hook forward priority filter; policy drop; } }";
+        "table ip filter {\n chain FORWARD {\n type filter hook forward priority filter; policy drop;\n }\n}";
     let made = stage.lab.nodes[0].inside(|| std::process::Command::new("nft").arg(rules).output())?;
     ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     let shown = stage.cli(0, &["net"])?;

@@ -481,3 +481,49 @@ fn a_container_ends_when_its_lease_does() {
     let late = node.runtime.start(&ids[0], Some(in_ms(0))).unwrap_err().to_string();
     assert!(late.contains("lease ended"), "{late}");
 }
+
+#[test]
+fn an_init_reaps_passes_signals_on_and_ends_as_its_program_does() {
+    let node = Node::with_busybox("init");
+    // A program that never waits for the children that fall to the first process.
+    let orphans = "for n in 1 2 3 4 5; do (sleep 0.1 & ) ; done; sleep 1; ";
+    let zombies = "grep -l '^State:.Z' /proc/[0-9]*/status 2>/dev/null | wc -l";
+    let end = |name: &str, has_init, script: String| {
+        let mut spec = node.spec(name, &script);
+        spec.has_init = has_init;
+        node.run(&spec);
+        let exit = node.end(&spec.id);
+        (exit, node.lines(&spec.id))
+    };
+    let (exit, lines) = end("tidy", true, format!("{orphans} {zombies}; cat /proc/1/comm; exit 7"));
+    assert_eq!(exit.code, 7, "{lines:?}");
+    assert_eq!(lines[0], "0", "zombies are left: {lines:?}");
+    let (exit, lines) = end("killed", true, "kill -9 $$".into());
+    assert_eq!(exit.code, 137, "{lines:?}");
+    let (exit, lines) = end("missing", true, "exec /bin/nothing".into());
+    assert_eq!(exit.code, 127, "{lines:?}");
+
+    let mut spec =
+        node.spec("asked", "trap 'echo asked; exit 5' TERM; echo up; while :; do sleep 0.05; done");
+    spec.has_init = true;
+    let id = node.run(&spec);
+    // The program is not the first process, and what the first one is cannot be looked at from inside.
+    let looked = "test $(cat /proc/1/comm) = tinydc-init && test $(ls /proc/1/fd | wc -l) = 3 && \
+                  ! cat /proc/1/exe >/dev/null 2>&1";
+    let check = node.runtime.check(&id, &shell(looked), Duration::from_secs(10)).unwrap();
+    assert_eq!(check.end, CheckEnd::Exited(0), "{}", String::from_utf8_lossy(&check.output));
+    let end = node.runtime.stop(&id, libc::SIGTERM, Duration::from_secs(10)).unwrap();
+    assert!(matches!(end, ContainerEnd::Exited(exit) if exit.code == 5), "{end:?}");
+    assert_eq!(node.lines(&id), ["up", "asked"]);
+}
+
+#[test]
+fn without_an_init_orphans_stay_zombies() {
+    let node = Node::with_busybox("noinit");
+    // What the test above relies on: the kernel gives orphans to the first process, and this one reaps none.
+    let script = "for n in 1 2 3; do (sleep 0.1 & ) ; done; exec sleep 100";
+    let id = node.run(&node.spec("zombies", script));
+    let zombies = "sleep 0.5; test $(grep -l '^State:.Z' /proc/[0-9]*/status | wc -l) = 3";
+    let check = node.runtime.check(&id, &shell(zombies), Duration::from_secs(10)).unwrap();
+    assert_eq!(check.end, CheckEnd::Exited(0), "{check:?}");
+}

@@ -6,6 +6,8 @@ use oci_spec::image::{Descriptor, ImageConfiguration, ImageIndex, ImageManifest}
 use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
+use crate::model::spec::{HEALTH_INTERVAL_MS, HEALTH_RETRIES, HEALTH_TIMEOUT_MS};
+use crate::model::{HealthSpec, HealthTest};
 
 /// A manifest, an index or a configuration is never longer.
 pub const DOCUMENT_BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -130,6 +132,53 @@ pub struct ImageConfig {
     pub volumes: Vec<String>,
     pub exposed_ports: Vec<String>,
     pub labels: Vec<(String, String)>,
+    /// HEALTHCHECK, with Docker's defaults.
+    #[serde(default)]
+    pub health: Option<HealthSpec>,
+}
+
+/// What Docker adds to a configuration that the OCI format does not name; times are in nanoseconds.
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct DockerHealth {
+    test: Vec<String>,
+    interval: u64,
+    timeout: u64,
+    start_period: u64,
+    retries: u32,
+}
+
+#[derive(Default, Deserialize)]
+struct DockerConfig {
+    #[serde(rename = "Healthcheck")]
+    health: Option<DockerHealth>,
+}
+
+#[derive(Default, Deserialize)]
+struct DockerDocument {
+    config: Option<DockerConfig>,
+}
+
+impl DockerHealth {
+    /// `None`: NONE, or not understood. An image that was built elsewhere must not fail to start for its check.
+    fn to_spec(&self) -> Option<HealthSpec> {
+        let test = match self.test.as_slice() {
+            [kind, line] if kind == "CMD-SHELL" => HealthTest::Shell(line.clone()),
+            [kind, words @ ..] if kind == "CMD" && !words.is_empty() => HealthTest::Exec(words.to_vec()),
+            _ => return None,
+        };
+        let ms = |nanoseconds: u64, default| match nanoseconds / 1_000_000 {
+            0 => default,
+            ms => ms,
+        };
+        Some(HealthSpec {
+            test,
+            interval_ms: ms(self.interval, HEALTH_INTERVAL_MS),
+            timeout_ms: ms(self.timeout, HEALTH_TIMEOUT_MS),
+            retries: if self.retries == 0 { HEALTH_RETRIES } else { self.retries },
+            start_period_ms: ms(self.start_period, 0),
+        })
+    }
 }
 
 impl Document {
@@ -210,6 +259,9 @@ impl ConfigDocument {
         });
         let diff_ids = diff_ids.collect::<Result<Vec<_>, _>>()?;
         let inner = parsed.config().clone().unwrap_or_default();
+        // Best effort: what is no check of Docker's is none.
+        let docker: DockerDocument = serde_json::from_slice(bytes).unwrap_or_default();
+        let health = docker.config.and_then(|config| config.health).and_then(|health| health.to_spec());
         let mut labels: Vec<_> = inner.labels().clone().unwrap_or_default().into_iter().collect();
         labels.sort();
         let config = ImageConfig {
@@ -222,6 +274,7 @@ impl ConfigDocument {
             volumes: inner.volumes().clone().unwrap_or_default(),
             exposed_ports: inner.exposed_ports().clone().unwrap_or_default(),
             labels,
+            health,
         };
         let architecture = parsed.architecture().to_string();
         let variant = parsed.variant().clone();
@@ -267,6 +320,34 @@ fn blob_ref(owner: &Digest, descriptor: &Descriptor) -> Result<BlobRef, Manifest
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_image_s_own_check_is_read_with_docker_s_defaults() {
+        let health = |check: &str| {
+            let text = format!(
+                r#"{{"architecture":"amd64","os":"linux","config":{{"Healthcheck":{check}}},
+                "rootfs":{{"type":"layers","diff_ids":[]}}}}"#
+            );
+            ConfigDocument::parse(&Digest::of(b""), text.as_bytes()).unwrap().config.health
+        };
+        let full = health(
+            r#"{"Test":["CMD","curl","-f","x"],"Interval":5000000000,"Timeout":2000000000,"StartPeriod":1000000000,"Retries":5}"#,
+        );
+        let test = HealthTest::Exec(["curl", "-f", "x"].map(String::from).to_vec());
+        let expected =
+            HealthSpec { test, interval_ms: 5_000, timeout_ms: 2_000, retries: 5, start_period_ms: 1_000 };
+        assert_eq!(full, Some(expected));
+        let short = health(r#"{"Test":["CMD-SHELL","exit 0"]}"#).unwrap();
+        assert_eq!(
+            (short.test, short.interval_ms, short.retries),
+            (HealthTest::Shell("exit 0".into()), 30_000, 3)
+        );
+        for none in
+            ["null", "{}", r#"{"Test":["NONE"]}"#, r#"{"Test":[]}"#, r#"{"Test":["CMD"]}"#, r#"{"Test":7}"#]
+        {
+            assert_eq!(health(none), None, "{none}");
+        }
+    }
 
     fn platform(text: &str) -> Platform {
         let (architecture, variant) =

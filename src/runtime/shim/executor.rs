@@ -11,12 +11,14 @@ use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use oci_spec::runtime::{Capability, Process, Spec};
 use seccompiler::BpfProgram;
 
-use crate::linux::process;
+use crate::linux::{init, process};
+use crate::runtime::bundle::INIT_ANNOTATION;
 use crate::runtime::seccomp::{SeccompError, default_profile};
 
 #[derive(Clone)]
 pub struct FilteredExecutor {
     programs: Vec<BpfProgram>,
+    has_init: bool,
 }
 
 impl FilteredExecutor {
@@ -24,7 +26,17 @@ impl FilteredExecutor {
     pub fn new(process: Option<&Process>) -> Result<FilteredExecutor, SeccompError> {
         let kept = process.and_then(|process| process.capabilities().as_ref()?.bounding().clone());
         let has = |capability: Capability| kept.as_ref().is_some_and(|kept| kept.contains(&capability));
-        Ok(FilteredExecutor { programs: default_profile(&has)? })
+        Ok(FilteredExecutor { programs: default_profile(&has)?, has_init: false })
+    }
+}
+
+impl FilteredExecutor {
+    /// For a container's main process: an init stays before it if the spec asks for one. Commands that are run later
+    /// have no use for it.
+    pub fn with_init_of(mut self, spec: &Spec) -> FilteredExecutor {
+        let annotations = spec.annotations().as_ref();
+        self.has_init = annotations.is_some_and(|annotations| annotations.contains_key(INIT_ANNOTATION));
+        self
     }
 }
 
@@ -39,6 +51,16 @@ impl Executor for FilteredExecutor {
                 eprintln!("tinydc: install the system call filter: {error}");
                 return Err(ExecutorError::Execution(Box::new(error)));
             }
+        }
+        if self.has_init {
+            // The filter holds for both. This thread is the only one: libcontainer cloned a process of one.
+            if let Err(error) = init::stay_as_init() {
+                eprintln!("tinydc: make the first process: {error}");
+                return Err(ExecutorError::Execution(Box::new(error)));
+            }
+            let Err(error) = DefaultExecutor {}.exec(spec) else { init::give_up(0) };
+            eprintln!("tinydc: {error}");
+            init::give_up(127);
         }
         DefaultExecutor {}.exec(spec).inspect_err(|error| eprintln!("tinydc: {error}"))
     }

@@ -136,7 +136,7 @@ fn create(arguments: &LaunchArguments, spec: &Spec) -> Result<(Container, Output
         .with_root_path(&arguments.states)
         .and_then(ContainerBuilder::validate_id)
         .map_err(LaunchError::Create)?
-        .with_executor(FilteredExecutor::new(process)?);
+        .with_executor(FilteredExecutor::new(process)?.with_init_of(spec));
     if has_terminal {
         let console = arguments.run.join("console.sock");
         let listener = socket::listen_stream(&console).map_err(failed("listen for the terminal"))?;
