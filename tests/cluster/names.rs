@@ -133,9 +133,8 @@ fn serving(name: &str, more: &str) -> String {
     )
 }
 
-fn service_names(stage: &mut Stage) -> Result<()> {
-    stage.form(3)?;
-    load_tools(stage)?;
+/// `shop` and `other`, which share the network `proxy`.
+fn deploy_two_apps(stage: &Stage) -> Result<()> {
     let tools = format!("  ask:\n    image: {TOOLS}\n    stop_grace_period: 1s\n");
     let shop = format!(
         "services:\n{tools}{}{}{}networks:\n  back:\n  proxy: {{external: true}}\n",
@@ -153,6 +152,13 @@ fn service_names(stage: &mut Stage) -> Result<()> {
         serving("web", "")
     );
     stage.deploy(1, "other", &other)?;
+    Ok(())
+}
+
+fn service_names(stage: &mut Stage) -> Result<()> {
+    stage.form(3)?;
+    load_tools(stage)?;
+    deploy_two_apps(stage)?;
     let body = stage.lab.nodes[0].get("/v1/network?app=shop")?;
     let web = body["services"]
         .as_array()
