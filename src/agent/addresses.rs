@@ -2,8 +2,8 @@
 //!
 //! Input: the state, who was heard of late. Output: addresses on this node's interfaces, announced by ARP. It does not
 //! wait for a leader: when a holder falls silent every node comes to the same successor, and the leader writes it down.
-//! What answers on the LAN already is never taken over; a holder without a leader keeps its address, defends it once
-//! against a claim, and yields to one that repeats (RFC 5227 2.4 b).
+//! What answers on the LAN already is never taken over. A holder that hears most of the cluster defends its address; one
+//! that doesn't keeps it, defends it once, and yields to a claim that repeats (RFC 5227 2.4 b).
 
 use super::hints::Hints;
 use super::worker::{Shared, chain};
@@ -23,8 +23,12 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// A cluster without such addresses is hardly woken.
+const LOOK_IDLE: Duration = Duration::from_millis(500);
 /// An address that somebody else answers for is asked for again after this.
 const PROBE_AGAIN: Duration = Duration::from_secs(1);
+/// A holder that most of the cluster hears does not answer a flood with a flood.
+const DEFEND_PAUSE: Duration = Duration::from_secs(1);
 /// RFC 5227: a second conflict within this time, and the address is given up.
 const DEFEND_INTERVAL: Duration = Duration::from_secs(10);
 /// An address is announced again, for switches and neighbours that missed it.
@@ -71,21 +75,24 @@ impl Keeper {
         let mut is_first = true;
         loop {
             let state = self.replica.state();
+            let has_rows = !state.addresses.is_empty();
             // Without such addresses this costs nothing.
-            if !state.addresses.is_empty() || !hands.held.is_empty() || is_first {
+            if has_rows || !hands.held.is_empty() || is_first {
                 let wanted = self.turn(&state, Instant::now());
                 let keeps = std::mem::take(&mut is_first);
+                let is_heard = self.is_heard(&state, Instant::now());
                 hands = smol::unblock(move || {
                     if keeps {
                         hands.adopt(&state, &wanted);
                     }
-                    hands.work(&state, &wanted);
+                    hands.work(&state, &wanted, is_heard);
                     hands
                 })
                 .await;
                 self.show(&hands);
             }
-            async_io::Timer::after(LOOK_EVERY).await;
+            let pause = if hands.held.is_empty() && !has_rows { LOOK_IDLE } else { LOOK_EVERY };
+            async_io::Timer::after(pause).await;
         }
     }
 
@@ -117,6 +124,12 @@ impl Keeper {
         wanted
     }
 
+    /// Whether this node hears most of the cluster: then what its state says is no leftover of a partition.
+    fn is_heard(&self, state: &State, now: Instant) -> bool {
+        let live = self.shared.hints.live(Duration::from_millis(SUSPECTED_AFTER_MS), now).len() + 1;
+        live * 2 > state.nodes.len()
+    }
+
     fn show(&self, hands: &Hands) {
         *self.shared.held.lock().unwrap_or_else(PoisonError::into_inner) =
             HeldAddresses { held: hands.held.keys().copied().collect(), conflicts: hands.conflicts.clone() };
@@ -144,14 +157,16 @@ impl Hands {
             }
             let lan = lan::interfaces().unwrap_or_default();
             let Some(lan) = lan::interface_for(address, &lan).cloned() else { continue };
-            self.held.insert(address, Held::new(lan));
+            // Not announced: another node may have it by now.
+            let announced = ANNOUNCE_AGAIN.len();
+            self.held.insert(address, Held { announced, ..Held::new(lan) });
             if !wanted.contains(&address) {
                 self.release(address);
             }
         }
     }
 
-    fn work(&mut self, state: &State, wanted: &BTreeSet<Ipv4Addr>) {
+    fn work(&mut self, state: &State, wanted: &BTreeSet<Ipv4Addr>, is_heard: bool) {
         let gone: Vec<Ipv4Addr> = self.held.keys().filter(|held| !wanted.contains(held)).copied().collect();
         for address in gone {
             self.release(address);
@@ -160,7 +175,7 @@ impl Hands {
         self.not_before.retain(|address, _| state.addresses.contains(address));
         for address in wanted {
             match self.held.contains_key(address) {
-                true => self.tend(*address),
+                true => self.tend(*address, is_heard),
                 false => self.take(*address),
             }
         }
@@ -202,7 +217,7 @@ impl Hands {
     }
 
     /// Announces again, hears of conflicts, and puts back what somebody took from the interface.
-    fn tend(&mut self, address: Ipv4Addr) {
+    fn tend(&mut self, address: Ipv4Addr, is_heard: bool) {
         let now = Instant::now();
         let Some(held) = self.held.get_mut(&address) else { return };
         let is_due = ANNOUNCE_AGAIN.get(held.announced).is_some_and(|after| now >= held.since + *after);
@@ -213,7 +228,11 @@ impl Hands {
         let claims = held.ears.as_mut().map(Ears::claims).unwrap_or_default();
         let Some(claim) = claims.into_iter().find(|claim| claim.sender == address) else { return };
         let by = arp::text_of(claim.hardware);
-        match held.defended_at.is_some_and(|at| now < at + DEFEND_INTERVAL) {
+        let since = held.defended_at.map(|at| now.duration_since(at));
+        if is_heard && since.is_some_and(|since| since < DEFEND_PAUSE) {
+            return;
+        }
+        match !is_heard && since.is_some_and(|since| since < DEFEND_INTERVAL) {
             false => {
                 warn!(%address, by, "another machine claims a floating address; defended");
                 held.defended_at = Some(now);

@@ -12,6 +12,7 @@ use super::{names, routes};
 use crate::model::*;
 use crate::network::dns::{DnsConfig, DnsServer, UpstreamSource, Zone};
 use crate::network::ingress::{Ingress, IngressConfig, Route};
+use crate::network::relay::Relay;
 use crate::network::{Network, Taken};
 use crate::replica::{EndpointHint, Handle, PeerFrame};
 use crate::state::State;
@@ -147,6 +148,7 @@ impl Mesh {
         entry.follow(self, &view);
         let before = self.shared.network_view();
         if before.wiring != wiring || before.error.is_some() || is_due {
+            entry.relay.set(&relayed(&wiring));
             let is_first = last.applied_at.is_none();
             self.apply(before, wiring, is_first).await;
             last.applied_at = Some(now);
@@ -248,8 +250,9 @@ impl NameServer {
     }
 }
 
-/// The way in for HTTP.
+/// The ways in that are sockets: HTTP routes, and published ports on IPv6.
 struct Entry {
+    relay: Relay,
     ingress: Option<Ingress>,
     told: Option<(u16, u16, Vec<Route>)>,
 }
@@ -258,7 +261,7 @@ impl Entry {
     fn new(mesh: &Mesh) -> Entry {
         let ingress = Ingress::start(IngressConfig::default(), &mesh.executor);
         let ingress = ingress.inspect_err(|error| warn!(error = chain(error), "start the HTTP ingress"));
-        Entry { ingress: ingress.ok(), told: None }
+        Entry { relay: Relay::new(&mesh.executor), ingress: ingress.ok(), told: None }
     }
 
     /// Tried again, with every look at the network, until its ports are to be had.
@@ -282,6 +285,18 @@ impl Entry {
             }
         }
     }
+}
+
+/// TCP ports published on all addresses, with who serves them.
+fn relayed(wiring: &Wiring) -> BTreeMap<u16, Vec<SocketAddrV4>> {
+    let ports = wiring.wanted.ports.iter();
+    ports
+        .filter(|(key, _)| key.host_address.is_none() && key.protocol == Protocol::Tcp)
+        .map(|(key, row)| {
+            let endpoints = row.endpoints.iter().map(|(address, port)| SocketAddrV4::new(*address, *port));
+            (key.port, endpoints.collect())
+        })
+        .collect()
 }
 
 /// Endpoints that died while no daemon looked: connections to them still hang.

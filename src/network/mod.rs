@@ -20,6 +20,7 @@ pub mod lookup;
 pub mod netlink;
 mod nft;
 pub mod overlay;
+pub mod relay;
 
 pub use hold::Taken;
 pub use nft::table::{PortKey, PortRow, VipRow, Wanted};

@@ -5,6 +5,7 @@
 
 mod etcd;
 mod meter;
+mod network;
 
 use anyhow::{Context, Result, bail};
 use meter::{Meter, percentile};
@@ -22,15 +23,22 @@ pub struct Row {
     /// The same by another program.
     peer: Option<(&'static str, f64)>,
     budget: Option<f64>,
+    /// A ratio that must be reached.
+    floor: Option<f64>,
 }
 
 impl Row {
     fn new(name: &'static str, value: f64, unit: &'static str) -> Row {
-        Row { name, value, unit, peer: None, budget: None }
+        Row { name, value, unit, peer: None, budget: None, floor: None }
     }
 
     fn within(mut self, budget: f64) -> Row {
         self.budget = Some(budget);
+        self
+    }
+
+    fn at_least(mut self, floor: f64) -> Row {
+        self.floor = Some(floor);
         self
     }
 
@@ -41,18 +49,20 @@ impl Row {
 
     fn holds(&self) -> bool {
         self.budget.is_none_or(|budget| self.value <= budget)
+            && self.floor.is_none_or(|floor| self.value >= floor)
     }
 }
 
 type Benchmark = fn() -> Result<Vec<Row>>;
 
-const BENCHMARKS: [(&str, Benchmark); 6] = [
+const BENCHMARKS: [(&str, Benchmark); 7] = [
     ("commit", commit),
     ("idle", idle),
     ("twenty", twenty),
     ("container_kill", container_kill),
     ("leader_kill", leader_kill),
     ("node_kill", node_kill),
+    ("network", network::network),
 ];
 
 fn main() -> std::process::ExitCode {
@@ -95,11 +105,13 @@ fn show(row: &Row, is_json: bool) {
     if is_json {
         let peer = row.peer.map(|(name, value)| serde_json::json!({ "name": name, "value": value }));
         let line = serde_json::json!({
-            "name": row.name, "value": row.value, "unit": row.unit, "budget": row.budget, "peer": peer,
+            "name": row.name, "value": row.value, "unit": row.unit, "budget": row.budget, "floor": row.floor,
+            "peer": peer,
         });
         return println!("{line}");
     }
-    let budget = row.budget.map(|budget| format!("≤ {budget}")).unwrap_or_default();
+    let floor = row.floor.map(|floor| format!("≥ {floor}"));
+    let budget = row.budget.map(|budget| format!("≤ {budget}")).or(floor).unwrap_or_default();
     let peer = row.peer.map(|(name, value)| format!("{name} {value:.1}")).unwrap_or_default();
     let mark = if row.holds() { "" } else { "  OVER BUDGET" };
     println!("{:<44} {:>12.2} {:<14} {:>10}  {peer}{mark}", row.name, row.value, row.unit, budget);

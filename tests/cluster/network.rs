@@ -24,7 +24,7 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "published-ports",
-        proves: "a published port answers on every node and its loopback; the client's address survives where an instance \
+        proves: "a published port answers on every node, its loopback and IPv6; the client's address survives where an instance \
                  runs; a port that a host program or another app has is refused with its name",
         machines: 3,
         run: published_ports,
@@ -191,6 +191,8 @@ fn published_ports(stage: &mut Stage) -> Result<()> {
         stage.wait_http(address, 8080, "hello from one", Duration::from_secs(5))?;
         let on_loopback = node.inside(|| http_here((Ipv4Addr::LOCALHOST, 8080).into()))?;
         ensure!(on_loopback.contains("hello from one"), "{} on loopback: {on_loopback}", node.name);
+        let on_six = node.inside(|| http_here((std::net::Ipv6Addr::LOCALHOST, 8080).into()))?;
+        ensure!(on_six.contains("hello from one"), "{} on IPv6: {on_six}", node.name);
         // Published, but nobody listens on it in the container.
         let begin = Instant::now();
         ensure!(stage.http(address, 8081).is_err() && begin.elapsed() < Duration::from_millis(300));
@@ -450,6 +452,12 @@ fn floating_address(stage: &mut Stage) -> Result<()> {
         let watcher = Watcher::start(stage, vec![address], 8080)?;
         thread::sleep(Duration::from_millis(300));
         stage.lab.kill_node(index)?;
+        // A board without power has no address; a namespace keeps it.
+        stage.lab.nodes[index].inside(|| {
+            let socket = tinydc::network::netlink::Socket::route()?;
+            let link = tinydc::network::link::index_of("eth0")?;
+            tinydc::network::link::delete_address(&socket, link, address, 32)
+        })?;
         until("another node holds it", Duration::from_secs(10), || Ok(holder(stage, address)? != name))?;
         thread::sleep(Duration::from_millis(1_500));
         let seen = watcher.stop()?;

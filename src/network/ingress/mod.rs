@@ -29,4 +29,5 @@ mod tunnel;
 pub use counts::{IngressCounts, RouteCounts};
 pub use routes::{Route, RouteKey, RouteOptions, Routes};
 pub use server::{Ingress, IngressConfig, IngressError};
+pub(super) use socket::Socket;
 pub use tls::{CertificateError, CertificateSource, HostCertificate, certificate_from_pem};

@@ -1,0 +1,171 @@
+//! A service's address and a published port beside a direct connection: ratios of one run, between containers.
+
+use super::{Row, lab, load_hello};
+use anyhow::{Context, Result, ensure};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+use tinydc::cli::lab::Lab;
+use tinydc::linux::netns;
+
+const APP: &str = "net";
+const ROUND: Duration = Duration::from_millis(1_000);
+const ROUNDS: usize = 5;
+const BULK_BYTES: usize = 512 << 20;
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// Two containers on two nodes: one asks, one serves.
+struct Pair {
+    client: PathBuf,
+    server: PathBuf,
+    direct: Ipv4Addr,
+    vip: Ipv4Addr,
+    /// Of the node that serves, where the port is published.
+    node: Ipv4Addr,
+}
+
+pub fn network() -> Result<Vec<Row>> {
+    let lab = lab(3)?;
+    load_hello(&lab)?;
+    let pair = deploy(&lab)?;
+    let direct = SocketAddr::from((pair.direct, 8080));
+    let vip = SocketAddr::from((pair.vip, 8080));
+    let port = SocketAddr::from((pair.node, 8080));
+    let connections =
+        compare(&[direct, vip, port], |address| connections_per_second(&pair.client, *address))?;
+    let (bulk_direct, bulk_vip) = bulk(&pair)?;
+    Ok(vec![
+        Row::new("network: connections/s, direct", connections[0], "1/s"),
+        Row::new("network: connections by service address", connections[1] / connections[0], "× direct")
+            .at_least(0.95),
+        Row::new("network: connections by published port", connections[2] / connections[0], "× direct"),
+        Row::new("network: one stream, direct", bulk_direct, "MB/s"),
+        Row::new("network: one stream by service address", bulk_vip / bulk_direct, "× direct").at_least(0.95),
+    ])
+}
+
+fn deploy(lab: &Lab) -> Result<Pair> {
+    let on = |node: &str| {
+        serde_json::json!({ "constraints": [{ "subject": "NodeName", "must_equal": true, "value": node }],
+            "instances_per_node_max": null, "spread_over": [] })
+    };
+    let mut services = serde_json::Map::new();
+    for (name, node) in [("ask", "pi1"), ("serve", "pi2")] {
+        let mut spec = super::service(1, false)?;
+        spec["placement"] = on(node);
+        if name == "serve" {
+            let port = serde_json::json!({ "protocol": "Tcp", "published": 8080, "target": 8080,
+                "host_address": null, "is_host_mode": false });
+            spec["ports"] = serde_json::json!([port]);
+        }
+        services.insert(name.into(), spec);
+    }
+    let body = serde_json::json!({ "spec": { "name": APP, "services": services, "volumes": {} } });
+    lab.nodes[0].post(&format!("/v1/apps/{APP}"), &body)?;
+    lab.nodes[0].wait("both run", Duration::from_secs(30), |node| {
+        let body = node.get(&format!("/v1/network?app={APP}"))?;
+        let services = body["services"].as_array().cloned().unwrap_or_default();
+        Ok(services.len() == 2 && services.iter().all(|one| one["endpoints"][0]["state"] == "serving"))
+    })?;
+    let (client, _, _) = container(lab, 0, "ask")?;
+    let (server, direct, vip) = container(lab, 1, "serve")?;
+    Ok(Pair { client, server, direct, vip, node: lab.nodes[1].address })
+}
+
+fn container(lab: &Lab, index: usize, name: &str) -> Result<(PathBuf, Ipv4Addr, Ipv4Addr)> {
+    let node = &lab.nodes[index];
+    let rows = node.get(&format!("/v1/instances?app={APP}"))?;
+    let wanted = format!("{APP}/{name}.1");
+    let rows = rows["instances"].as_array().cloned().unwrap_or_default();
+    let id = rows.iter().find(|row| row["name"] == wanted.as_str()).and_then(|row| row["id"].as_str());
+    let netns = node.data_dir().join("run/netns").join(id.context("the instance is there")?);
+    let body = node.get(&format!("/v1/network?app={APP}"))?;
+    let services = body["services"].as_array().cloned().unwrap_or_default();
+    let service = services.iter().find(|one| one["service"] == name).context("the service is there")?;
+    let address = |value: &serde_json::Value| -> Result<Ipv4Addr> {
+        Ok(value.as_str().context("it has an address")?.parse()?)
+    };
+    Ok((netns, address(&service["endpoints"][0]["address"])?, address(&service["vip"])?))
+}
+
+/// The best round of each, taken in turn so that a busy machine hits all alike.
+fn compare<T>(targets: &[T], measure: impl Fn(&T) -> Result<f64>) -> Result<Vec<f64>> {
+    let mut best = vec![0.0f64; targets.len()];
+    for _ in 0..ROUNDS {
+        for (index, target) in targets.iter().enumerate() {
+            best[index] = best[index].max(measure(target)?);
+        }
+    }
+    Ok(best)
+}
+
+/// A new connection for each request, from two threads.
+fn connections_per_second(client: &Path, address: SocketAddr) -> Result<f64> {
+    let workers: Vec<_> = (0..2)
+        .map(|_| {
+            let client = client.to_path_buf();
+            thread::spawn(move || {
+                netns::in_netns(&client, move || {
+                    let (begin, mut count) = (Instant::now(), 0u32);
+                    while begin.elapsed() < ROUND {
+                        let mut stream = TcpStream::connect_timeout(&address, LIMIT)?;
+                        stream.set_read_timeout(Some(LIMIT))?;
+                        stream.write_all(b"GET / HTTP/1.1\r\nhost: bench\r\n\r\n")?;
+                        let mut answer = Vec::new();
+                        stream.read_to_end(&mut answer)?;
+                        count += 1;
+                    }
+                    Ok(f64::from(count) / begin.elapsed().as_secs_f64())
+                })
+            })
+        })
+        .collect();
+    let mut sum = 0.0;
+    for worker in workers {
+        sum += worker.join().map_err(|_| anyhow::anyhow!("a client panicked"))??;
+    }
+    Ok(sum)
+}
+
+/// MB/s of one stream, directly and by the service's address.
+fn bulk(pair: &Pair) -> Result<(f64, f64)> {
+    let listener = netns::in_netns(&pair.server, || TcpListener::bind((Ipv4Addr::UNSPECIFIED, 9000)))?;
+    let sink = thread::spawn(move || -> std::io::Result<()> {
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            let (mut stream, _) = listener.accept()?;
+            let mut total = 0;
+            loop {
+                match stream.read(&mut buffer)? {
+                    0 => break,
+                    length => total += length,
+                }
+            }
+            // The last one says so by sending nothing.
+            if total == 0 {
+                return Ok(());
+            }
+        }
+    });
+    let targets = [SocketAddr::from((pair.direct, 9000)), SocketAddr::from((pair.vip, 9000))];
+    let speeds = compare(&targets, |address| {
+        let address = *address;
+        let begin = Instant::now();
+        netns::in_netns(&pair.client, move || {
+            let mut stream = TcpStream::connect_timeout(&address, LIMIT)?;
+            let piece = vec![1; 1 << 20];
+            (0..BULK_BYTES >> 20).try_for_each(|_| stream.write_all(&piece))?;
+            stream.shutdown(std::net::Shutdown::Write)?;
+            let mut rest = [0; 1];
+            stream.read(&mut rest).map(drop)
+        })?;
+        Ok(BULK_BYTES as f64 / 1e6 / begin.elapsed().as_secs_f64())
+    })?;
+    let end = targets[0];
+    netns::in_netns(&pair.client, move || TcpStream::connect_timeout(&end, LIMIT).map(drop))?;
+    sink.join().map_err(|_| anyhow::anyhow!("the sink panicked"))??;
+    ensure!(speeds.iter().all(|speed| *speed > 0.0), "nothing was sent");
+    Ok((speeds[0], speeds[1]))
+}
