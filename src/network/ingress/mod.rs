@@ -12,6 +12,7 @@
 //! (`a_removed_endpoint_ends_what_it_began`).
 
 mod body;
+mod clock;
 mod counts;
 mod headers;
 mod pages;
