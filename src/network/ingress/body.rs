@@ -1,8 +1,9 @@
 //! Bodies on their way through: piece by piece, counted, bounded, and never waited for without end.
 
+use super::clock::{Clock, Sleep};
 use super::counts::{RouteCounters, add};
 use super::pool::{Lent, Pool};
-use async_io::Timer;
+use super::proxy::Proxy;
 use bytes::Bytes;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};
@@ -122,7 +123,8 @@ pub struct ResponseBody {
     lent: Option<Lent>,
     pool: Arc<Pool>,
     idle_limit: Duration,
-    idle: Option<Timer>,
+    clock: Arc<Clock>,
+    idle: Option<Sleep>,
     in_flight: InFlight,
 }
 
@@ -130,11 +132,13 @@ impl ResponseBody {
     pub fn new(
         inner: Incoming,
         lent: Lent,
-        pool: Arc<Pool>,
+        proxy: &Proxy,
         idle_limit: Duration,
         in_flight: InFlight,
     ) -> ResponseBody {
-        let mut body = ResponseBody { inner, lent: Some(lent), pool, idle_limit, idle: None, in_flight };
+        let (pool, clock) = (proxy.pool.clone(), proxy.clock.clone());
+        let mut body =
+            ResponseBody { inner, lent: Some(lent), pool, idle_limit, clock, idle: None, in_flight };
         body.give_back_at_end();
         body
     }
@@ -157,9 +161,9 @@ impl Body for ResponseBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let Poll::Ready(polled) = Pin::new(&mut self.inner).poll_frame(context) else {
-            let limit = self.idle_limit;
-            let idle = self.idle.get_or_insert_with(|| Timer::after(limit));
-            return Pin::new(idle).poll(context).map(|_| Some(Err(BodyEnd::Late.into())));
+            let sleep = self.idle.take().unwrap_or_else(|| self.clock.after(self.idle_limit));
+            let idle = self.idle.insert(sleep);
+            return Pin::new(idle).poll(context).map(|()| Some(Err(BodyEnd::Late.into())));
         };
         self.idle = None;
         match &polled {

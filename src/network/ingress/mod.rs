@@ -11,7 +11,9 @@
 //! Invariant: a request that is being answered when its endpoint or its route goes is answered to its end
 //! (`a_removed_endpoint_ends_what_it_began`).
 
+pub mod acme;
 mod body;
+mod clock;
 mod counts;
 mod headers;
 mod pages;

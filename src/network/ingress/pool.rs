@@ -9,7 +9,6 @@ use super::socket::Socket;
 use crate::tasks::{TaskGroup, lock, within};
 use async_io::{Async, Timer};
 use hyper::client::conn::http1::{Builder, SendRequest};
-use smol_hyper::rt::FuturesIo;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
 use std::net::{SocketAddr, SocketAddrV4, TcpStream};
@@ -111,7 +110,7 @@ impl Pool {
         let mut builder = Builder::new();
         builder.max_buf_size(BUFFER_BYTES_MAX);
         let (sender, connection) =
-            builder.handshake(FuturesIo::new(Socket(stream))).await.map_err(ConnectError::Begin)?;
+            builder.handshake(Socket::new(stream)).await.map_err(ConnectError::Begin)?;
         self.tasks.spawn(async move {
             // Who sent the request gets the error.
             let _ = connection.with_upgrades().await;

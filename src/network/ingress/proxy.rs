@@ -8,6 +8,7 @@
 //! (`a_request_that_may_have_worked_is_not_sent_again`).
 
 use super::body::{InFlight, Outgoing, Progress, RequestBody, ResponseBody, full};
+use super::clock::Clock;
 use super::counts::add;
 use super::headers::{self, Arrival, Target};
 use super::pages::{page, wants_html};
@@ -17,7 +18,6 @@ use super::routes::{LiveRoute, Table};
 use super::tls::Resolver;
 use super::tunnel;
 use crate::tasks::TaskGroup;
-use async_io::Timer;
 use futures_lite::future;
 use http_body_util::BodyExt;
 use hyper::body::{Body, Incoming};
@@ -29,7 +29,7 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, RwLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const ENDPOINTS_TRIED_MAX: usize = 3;
 const CHALLENGES: &str = "/.well-known/acme-challenge/";
@@ -38,6 +38,7 @@ pub struct Proxy {
     pub table: Arc<RwLock<Arc<Table>>>,
     pub resolver: Arc<Resolver>,
     pub pool: Arc<Pool>,
+    pub clock: Arc<Clock>,
     pub tasks: Arc<TaskGroup>,
     pub unrouted: AtomicU64,
 }
@@ -189,7 +190,7 @@ impl Proxy {
         let (mut parts, body) = response.into_parts();
         headers::remove_hop_by_hop(&mut parts.headers);
         let idle_limit = errand.live.route.options.idle_limit;
-        let body = ResponseBody::new(body, lent, self.pool.clone(), idle_limit, in_flight);
+        let body = ResponseBody::new(body, lent, self, idle_limit, in_flight);
         Ok(Response::from_parts(parts, body.boxed_unsync()))
     }
 
@@ -210,7 +211,7 @@ impl Proxy {
                 let was_reused = lent.is_reused;
                 // Without one it is a repetition, and what is repeated has no body.
                 let outgoing = body.take().unwrap_or_else(|| full(""));
-                match attempt(errand, lent, outgoing).await {
+                match self.attempt(errand, lent, outgoing).await {
                     Attempt::Answer(response, lent) => return Ok((response, lent)),
                     Attempt::Late => return Err(Failure::Late),
                     Attempt::Unsent(unsent) => body = Some(unsent),
@@ -229,6 +230,42 @@ impl Proxy {
             }
         }
         Err(failure)
+    }
+
+    async fn attempt(&self, errand: &Errand, mut lent: Lent, body: Outgoing) -> Attempt {
+        let mut request = Request::new(body);
+        *request.method_mut() = errand.parts.method.clone();
+        *request.uri_mut() = errand.parts.uri.clone();
+        *request.headers_mut() = errand.parts.headers.clone();
+        errand.progress.note();
+        let answer = lent.sender.try_send_request(request);
+        match self.wait(answer, &errand.progress, errand.live.route.options.response_limit).await {
+            None => Attempt::Late,
+            Some(Ok(response)) => Attempt::Answer(response, lent),
+            Some(Err(mut error)) => {
+                tracing::debug!(endpoint = %lent.endpoint, error = %error.error(), "an endpoint broke off");
+                error.take_message().map_or(Attempt::Lost, |unsent| Attempt::Unsent(unsent.into_body()))
+            }
+        }
+    }
+
+    /// `None` when nothing has moved for `limit`: an upload may take longer than that.
+    async fn wait<Output>(
+        &self,
+        work: impl Future<Output = Output>,
+        progress: &Progress,
+        limit: Duration,
+    ) -> Option<Output> {
+        future::or(async { Some(work.await) }, async {
+            loop {
+                let due = progress.last() + limit;
+                if due <= Instant::now() {
+                    return None;
+                }
+                self.clock.until(due).await;
+            }
+        })
+        .await
     }
 
     /// From here on bytes pass both ways, whatever they mean.
@@ -250,41 +287,6 @@ impl Proxy {
         });
         Ok(Response::from_parts(parts, full("")))
     }
-}
-
-async fn attempt(errand: &Errand, mut lent: Lent, body: Outgoing) -> Attempt {
-    let mut request = Request::new(body);
-    *request.method_mut() = errand.parts.method.clone();
-    *request.uri_mut() = errand.parts.uri.clone();
-    *request.headers_mut() = errand.parts.headers.clone();
-    errand.progress.note();
-    let answer = lent.sender.try_send_request(request);
-    match wait(answer, &errand.progress, errand.live.route.options.response_limit).await {
-        None => Attempt::Late,
-        Some(Ok(response)) => Attempt::Answer(response, lent),
-        Some(Err(mut error)) => {
-            tracing::debug!(endpoint = %lent.endpoint, error = %error.error(), "an endpoint broke off");
-            error.take_message().map_or(Attempt::Lost, |unsent| Attempt::Unsent(unsent.into_body()))
-        }
-    }
-}
-
-/// `None` when nothing has moved for `limit`: an upload may take longer than that.
-async fn wait<Output>(
-    work: impl Future<Output = Output>,
-    progress: &Progress,
-    limit: Duration,
-) -> Option<Output> {
-    future::or(async { Some(work.await) }, async {
-        loop {
-            let due = progress.last() + limit;
-            if due <= std::time::Instant::now() {
-                return None;
-            }
-            Timer::at(due).await;
-        }
-    })
-    .await
 }
 
 fn exceeds(live: &LiveRoute, body: &Incoming) -> bool {

@@ -1,5 +1,6 @@
 //! The sockets of the ingress, its connections and their end.
 
+use super::clock::{Clock, HyperClock};
 use super::counts::{IngressCounts, add};
 use super::headers::Arrival;
 use super::places::{Place, Places};
@@ -16,7 +17,7 @@ use futures_lite::{AsyncRead, AsyncWrite, future};
 use futures_rustls::TlsAcceptor;
 use hyper::service::service_fn;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
-use smol_hyper::rt::{FuturesIo, SmolTimer};
+use smol_hyper::rt::FuturesIo;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
@@ -40,7 +41,8 @@ const STALLED_LIMIT_MS: u32 = 120_000;
 const PAUSE: Duration = Duration::from_millis(100);
 const STREAMS_MAX: u32 = 64;
 const STREAM_WINDOW_BYTES: u32 = 64 << 10;
-const CONNECTION_WINDOW_BYTES: u32 = 256 << 10;
+/// With all connections open and no endpoint that reads, 64 MiB wait in windows.
+const CONNECTION_WINDOW_BYTES: u32 = 128 << 10;
 const REFUSAL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain\r\nretry-after: 3\r\n\
     connection: close\r\ncontent-length: 38\r\n\r\nthis node has too many connections now";
 
@@ -114,6 +116,7 @@ impl Ingress {
                 table,
                 resolver,
                 pool: Pool::new(tasks.clone()),
+                clock: Clock::new(tasks.clone()),
                 tasks: tasks.clone(),
                 unrouted: AtomicU64::new(0),
             }),
@@ -279,7 +282,7 @@ async fn serve(
     place: Arc<Place>,
     closing: Receiver<()>,
 ) {
-    let stream = Socket(stream);
+    let stream = Socket::new(stream);
     if !arrival.is_tls {
         return serve_http1(shared, stream, arrival, place, closing).await;
     }
@@ -290,7 +293,7 @@ async fn serve(
     if stream.get_ref().1.alpn_protocol() == Some(ALPN_HTTP2) {
         serve_http2(shared, stream, arrival, place, closing).await;
     } else {
-        serve_http1(shared, stream, arrival, place, closing).await;
+        serve_http1(shared, FuturesIo::new(stream), arrival, place, closing).await;
     }
 }
 
@@ -301,14 +304,14 @@ async fn serve_http1<Stream>(
     place: Arc<Place>,
     closing: Receiver<()>,
 ) where
-    Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    Stream: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
 {
     let service = service_fn(|request| shared.proxy.clone().answer(arrival, place.clone(), request));
     let connection = hyper::server::conn::http1::Builder::new()
-        .timer(SmolTimer::new())
+        .timer(HyperClock(shared.proxy.clock.clone()))
         .header_read_timeout(HEAD_LIMIT)
         .max_buf_size(HEAD_BYTES_MAX)
-        .serve_connection(FuturesIo::new(stream), service)
+        .serve_connection(stream, service)
         .with_upgrades();
     to_its_end(pin!(connection), &closing, |connection| connection.graceful_shutdown()).await;
 }
@@ -323,9 +326,10 @@ async fn serve_http2<Stream>(
     Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let spawner = Spawner(shared.proxy.tasks.clone());
+    let clock = HyperClock(shared.proxy.clock.clone());
     let service = service_fn(move |request| shared.proxy.clone().answer(arrival, place.clone(), request));
     let connection = hyper::server::conn::http2::Builder::new(spawner)
-        .timer(SmolTimer::new())
+        .timer(clock)
         .keep_alive_interval(HEAD_LIMIT)
         .keep_alive_timeout(HANDSHAKE_LIMIT)
         .max_concurrent_streams(STREAMS_MAX)

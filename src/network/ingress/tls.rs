@@ -13,7 +13,8 @@ use rustls::sign::CertifiedKey;
 use std::fmt;
 use std::sync::{Arc, RwLock};
 
-/// For hosts without a certificate of their own. It is called during handshakes and must not wait: what it makes, it
+/// For hosts without a certificate of their own, in lower case; empty for a client that names none, as with an address for
+/// a host. It is called during handshakes and must not wait: what it makes, it
 /// keeps.
 pub type CertificateSource = Arc<dyn Fn(&str) -> Option<Arc<CertifiedKey>> + Send + Sync>;
 
@@ -81,7 +82,7 @@ impl fmt::Debug for Resolver {
 
 impl ResolvesServerCert for Resolver {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        self.certificate(&hello.server_name()?.to_ascii_lowercase())
+        self.certificate(&hello.server_name().unwrap_or_default().to_ascii_lowercase())
     }
 }
 

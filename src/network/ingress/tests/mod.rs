@@ -1,6 +1,6 @@
 //! The ingress on loopback, with endpoints that answer, stall, break off and switch protocols.
 
 mod endings;
-mod kit;
+pub(super) mod kit;
 mod passing;
 mod secure;

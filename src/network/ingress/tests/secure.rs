@@ -54,7 +54,8 @@ fn each_host_shows_its_own_certificate() {
     let (shop, wild, other) = (pair("shop.test"), pair("x.wild.test"), pair("other.test"));
     let endpoint = Endpoint::start("web");
     let made = given("other.test", &other).certificate;
-    let source = Arc::new(move |host: &str| (host == "other.test").then(|| made.clone()));
+    // The second is for clients that name no host.
+    let source = Arc::new(move |host: &str| matches!(host, "other.test" | "").then(|| made.clone()));
     let config = IngressConfig { certificates: Some(source), ..Default::default() };
     let certificates = vec![given("Shop.test", &shop), given("*.wild.test", &wild)];
     let routes = vec![route("/", &[endpoint.address])];
@@ -69,6 +70,9 @@ fn each_host_shows_its_own_certificate() {
             "another host's certificate was shown"
         );
         assert!(connect(port, "nobody.test", &shop, &[]).await.is_err());
+        let shown =
+            connect(port, "127.0.0.1", &other, &[]).await.map(drop).map_err(|error| error.to_string());
+        assert!(shown.is_err_and(|error| error.contains("not valid for name")), "it names another host");
     });
     assert!(site.counts().failed_handshakes >= 1);
 }
