@@ -7,8 +7,8 @@ use super::ingress::Socket;
 use crate::tasks::{TaskGroup, within};
 use async_executor::{Executor, Task};
 use async_io::{Async, Timer};
-use futures_lite::AsyncWriteExt;
 use futures_lite::io::{copy, split};
+use futures_lite::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use std::collections::BTreeMap;
 use std::io;
@@ -128,13 +128,14 @@ impl Drop for Place {
 async fn pass(client: Async<TcpStream>, endpoint: SocketAddrV4) -> io::Result<()> {
     let connected = within(CONNECT_LIMIT, Async::<TcpStream>::connect(endpoint)).await;
     let server = connected.ok_or(io::ErrorKind::TimedOut)??;
-    let (from_client, to_client) = split(Socket(client));
-    let (from_server, to_server) = split(Socket(server));
-    let pour = async |from, mut to| {
-        copy(from, &mut to).await?;
-        to.close().await
-    };
+    let (from_client, to_client) = split(Socket::new(client));
+    let (from_server, to_server) = split(Socket::new(server));
     futures_lite::future::try_zip(pour(from_client, to_server), pour(from_server, to_client)).await.map(drop)
+}
+
+async fn pour(from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin) -> io::Result<()> {
+    copy(from, &mut to).await?;
+    to.close().await
 }
 
 #[cfg(test)]
