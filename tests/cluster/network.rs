@@ -72,8 +72,8 @@ pub const SCENARIOS: &[Scenario] = &[
     },
     Scenario {
         name: "in-the-way",
-        proves: "a foreign chain that drops what is forwarded is named with the line that cures it, and a broken service with \
-                 the step that is broken",
+        proves: "a foreign chain that drops what is forwarded is named with the line that cures it, a broken service with the \
+                 step that is broken, and a table that somebody flushed is made again",
         machines: 1,
         run: in_the_way,
     },
@@ -606,6 +606,12 @@ fn in_the_way(stage: &mut Stage) -> Result<()> {
     ensure!(shown.contains("FORWARD") && shown.contains("iptables -I FORWARD -s 10.77.0.0/16"), "{shown}");
     let output = stage.try_cli(0, &["net", "check", "shop/web"])?;
     ensure!(output.status.code() == Some(1), "the check fails: {:?}", output.status);
+    let flushed = stage.lab.nodes[0]
+        .inside(|| std::process::Command::new("nft").args(["flush", "ruleset"]).status())?;
+    ensure!(flushed.success(), "nft flushes the rules");
+    let begin = Instant::now();
+    stage.wait_http(stage.lab.nodes[0].address, 8080, "hello from a", Duration::from_secs(40))?;
+    stage.note("all tables flushed by somebody → the table is there again", begin);
     stage.cli(0, &["scale", "shop/web=0"])?;
     until("the check says what is broken", Duration::from_secs(5), || {
         let output = stage.try_cli(0, &["net", "check", "shop/web"])?;

@@ -98,6 +98,8 @@ impl Table {
     pub fn apply(&mut self, socket: &Socket, wanted: &Wanted) -> io::Result<()> {
         if let Some(applied) = &self.applied {
             let mut change = Transaction::new();
+            // There already, unless the table is gone: then the change fails, also one that changes nothing.
+            change.chain("refuse");
             put_changes(&mut change, applied, wanted);
             if change.commit(socket).is_ok() {
                 self.applied = Some(wanted.clone());
