@@ -68,6 +68,11 @@ impl Hints {
         }
     }
 
+    /// Forgets nodes that are no members any more.
+    pub fn retain(&self, is_member: &dyn Fn(NodeId) -> bool) {
+        self.peers().retain(|node, _| is_member(*node));
+    }
+
     /// Something here changed that the hints don't know of.
     pub fn wake(&self) {
         // A full channel holds a wake-up already.

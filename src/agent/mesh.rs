@@ -30,6 +30,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(250);
 const REPEAT_EVERY: Duration = Duration::from_millis(500);
 /// A list that became empty is repeated this long, for peers that missed it.
 const REPEAT_EMPTY_FOR: Duration = Duration::from_secs(3);
+/// And now and then in any case: a peer may have been cut off when the list became empty, or have been told another
+/// one by an earlier run of this daemon.
+const REPEAT_ALWAYS: Duration = Duration::from_secs(5);
 /// This loop came round so late that the process was paused: what was not heard says nothing.
 const LATE: Duration = Duration::from_millis(1_000);
 /// Without a change the kernel's table is looked after this often: somebody may have flushed it.
@@ -116,7 +119,8 @@ impl Mesh {
         }
         let is_recent = last.own_down_since.is_some_and(|since| now.duration_since(since) < REPEAT_EMPTY_FOR);
         let is_due = last.sent_at.is_none_or(|at| now.duration_since(at) >= REPEAT_EVERY);
-        if is_news || (is_due && (is_recent || !last.own_down.is_empty())) {
+        let is_stale = last.sent_at.is_none_or(|at| now.duration_since(at) >= REPEAT_ALWAYS);
+        if is_news || is_stale || (is_due && (is_recent || !last.own_down.is_empty())) {
             last.sent_at = Some(now);
             last.seq += 1;
             let hint = EndpointHint { start_id: self.start_id, seq: last.seq, down: last.own_down.clone() };
@@ -132,6 +136,7 @@ impl Mesh {
         now: Instant,
     ) {
         let hints = &self.shared.hints;
+        hints.retain(&|node| state.nodes.contains(&node));
         let mut down = hints.down();
         down.extend(last.own_down.iter().map(|instance| (self.node, *instance)));
         let silent = hints.silent(SILENT_AFTER, now);

@@ -92,8 +92,10 @@ fn new_ports(state: &State, spec: &AppSpec) -> Vec<PortKey> {
         .filter(|service| !service.is_removed)
         .flat_map(|service| service.spec.ports.iter().filter_map(key))
         .collect();
-    let wanted: BTreeSet<PortKey> =
-        spec.services.values().flat_map(|service| service.ports.iter().filter_map(key)).collect();
+    // A port of one node alone is no reason to refuse because of another node.
+    let is_everywhere = |port: &&PortSpec| !port.is_host_mode;
+    let ports = spec.services.values().flat_map(|service| &service.ports);
+    let wanted: BTreeSet<PortKey> = ports.filter(is_everywhere).filter_map(key).collect();
     wanted.difference(&known).copied().collect()
 }
 
