@@ -69,6 +69,7 @@ impl State {
             Command::ChangeSetting { key, value } => {
                 let mut settings = self.cluster_settings();
                 settings.set(key, value).map_err(|error| Rejection::Invalid(error.to_string()))?;
+                deploy::check_settings(self, &settings)?;
                 self.settings.put((), settings);
                 Ok(Reply::Done)
             }

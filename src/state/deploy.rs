@@ -180,15 +180,25 @@ fn check_routes(state: &State, spec: &AppSpec) -> Result<(), Rejection> {
         .filter(|service| service.app != spec.name && !service.is_removed)
         .map(|service| (format!("{}/{}", service.app, service.name), &service.spec));
     let own = spec.services.iter().map(|(name, service)| (format!("{}/{name}", spec.name), service));
-    let all: Vec<(String, &ServiceSpec)> = others.chain(own).collect();
+    check_ingress(&state.cluster_settings(), &others.chain(own).collect::<Vec<_>>())
+}
+
+/// The same for what is deployed, under settings that are to come.
+pub fn check_settings(state: &State, settings: &Settings) -> Result<(), Rejection> {
+    let deployed = state.services.rows().filter(|service| !service.is_removed);
+    let all: Vec<_> =
+        deployed.map(|service| (format!("{}/{}", service.app, service.name), &service.spec)).collect();
+    check_ingress(settings, &all)
+}
+
+fn check_ingress(settings: &Settings, all: &[(String, &ServiceSpec)]) -> Result<(), Rejection> {
     let routed = all.iter().find(|(_, service)| !read_ingress_labels(&service.labels).routes.is_empty());
     let Some((routed, _)) = routed else { return Ok(()) };
-    let settings = state.cluster_settings();
     let ingress = [settings.ingress_http_port, settings.ingress_https_port];
     let is_in_the_way = |port: &PortSpec| {
         port.protocol == Protocol::Tcp && port.published.is_some_and(|published| ingress.contains(&published))
     };
-    for (name, service) in &all {
+    for (name, service) in all {
         if let Some(port) = service.ports.iter().find(|port| is_in_the_way(port)) {
             let port = port.published.unwrap_or_default();
             return Err(Rejection::Invalid(format!(

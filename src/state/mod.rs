@@ -8,7 +8,7 @@
 //! Invariants: a rejected command changes nothing (`a_rejected_command_changes_nothing`); applying a log gives
 //! the state that its changed rows give (`changes_rebuild_the_state`).
 
-pub mod addresses;
+mod addresses;
 mod apply;
 pub mod command;
 mod deploy;

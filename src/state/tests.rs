@@ -401,3 +401,24 @@ fn an_instance_keeps_its_specification_while_newer_ones_are_deployed() {
     let row = applier.state.services.find(&service).unwrap();
     assert_eq!(row.superseded.iter().map(|older| older.spec_version).collect::<Vec<_>>(), [3]);
 }
+
+#[test]
+fn http_routes_and_a_published_port_exclude_each_other() {
+    let mut applier = Applier::with_nodes(1);
+    let mut routed = spec("1");
+    routed.labels.insert("tinydc.http.host".into(), "shop.example".into());
+    applier.deploy("shop", &[("web", routed)]);
+    let mut publishing = spec("1");
+    publishing.ports = vec![PortSpec {
+        protocol: Protocol::Tcp,
+        published: Some(8080),
+        target: 80,
+        host_address: None,
+        is_host_mode: false,
+    }];
+    applier.deploy("other", &[("proxy", publishing)]);
+    let change = Command::ChangeSetting { key: "ingress_http_port".into(), value: "8080".into() };
+    let refused = applier.apply(change).expect_err("the port is published").to_string();
+    assert!(refused.contains("other/proxy") && refused.contains("shop/web"), "{refused}");
+    applier.must(Command::ChangeSetting { key: "ingress_http_port".into(), value: "8081".into() });
+}
