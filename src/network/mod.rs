@@ -233,14 +233,19 @@ impl Network {
         self.holds.lock().unwrap_or_else(PoisonError::into_inner).check(keys)
     }
 
-    /// Brings the ways to the other nodes' containers to what their addresses on the LAN ask for, by node number.
-    pub fn set_peers(&self, wanted: &BTreeMap<u8, Ipv4Addr>) -> Result<(), NetworkError> {
+    /// Brings the ways to the other nodes' containers to what their addresses on the LAN ask for, by node number. A
+    /// member whose address is not known now keeps its way, also one that an earlier run has made.
+    pub fn set_peers(
+        &self,
+        wanted: &BTreeMap<u8, Ipv4Addr>,
+        members: &BTreeSet<u8>,
+    ) -> Result<(), NetworkError> {
         let interfaces = lan::interfaces().map_err(kernel("list interfaces"))?;
         let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
         let numbers = self.numbers();
         let mut ways = self.ways.lock().unwrap_or_else(PoisonError::into_inner);
         for (number, way) in ways.clone() {
-            if !wanted.contains_key(&number) {
+            if !members.contains(&number) {
                 overlay::drop_way(&socket, &numbers, number, way);
                 ways.remove(&number);
             }
@@ -264,9 +269,8 @@ impl Network {
         }
         let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        table
-            .set_peers(&netfilter, wanted.values().copied().collect())
-            .map_err(kernel("tell the table where the nodes are"))?;
+        let peers = ways.values().map(Way::address).filter(|address| !address.is_unspecified());
+        table.set_peers(&netfilter, peers.collect()).map_err(kernel("tell the table where the nodes are"))?;
         first_error.map_or(Ok(()), Err)
     }
 
@@ -313,7 +317,7 @@ impl Network {
     /// Leaves no trace: namespaces, routes, table, bridge.
     pub fn erase(&self) -> Result<(), NetworkError> {
         self.sweep(&BTreeSet::new())?;
-        self.set_peers(&BTreeMap::new())?;
+        self.set_peers(&BTreeMap::new(), &BTreeSet::new())?;
         set_sysctl(ROUTE_LOCALNET, "0")?;
         let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
         nft::table::delete_table(&netfilter).map_err(kernel("delete the nftables table"))?;

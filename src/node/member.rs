@@ -612,7 +612,8 @@ async fn keep_ways(ground: Ground, transport: Transport, replica: Handle, own: N
         let is_due = told.as_ref().is_none_or(|(at, told)| *told != peers || at.elapsed() >= RENEW_EVERY);
         if is_due {
             let (network, wanted) = (ground.network.clone(), peers.clone());
-            match smol::unblock(move || network.set_peers(&wanted)).await {
+            let members = state.nodes.rows().map(|node| node.number).collect();
+            match smol::unblock(move || network.set_peers(&wanted, &members)).await {
                 Ok(()) => told = Some((Instant::now(), peers)),
                 Err(error) => warn!(error = crate::agent::chain(&error), "ways to other nodes"),
             }

@@ -1,7 +1,7 @@
 //! One address per service, ports on every node, who may reach whom, addresses on the LAN, and how fast it follows.
 
 use super::Scenario;
-use super::stage::{IMAGE, Stage, http_here, until, web};
+use super::stage::{IMAGE, Stage, http_here, throughout, until, web};
 use super::watcher::Watcher;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
@@ -62,6 +62,12 @@ pub const SCENARIOS: &[Scenario] = &[
                  large transfers; and over the LAN once it moves there",
         machines: 2,
         run: two_lans,
+    },
+    Scenario {
+        name: "restart-apart",
+        proves: "a daemon that starts while another is away keeps the way to that node's containers",
+        machines: 3,
+        run: restart_apart,
     },
     Scenario {
         name: "http-routes",
@@ -555,6 +561,23 @@ fn transfer(server: &PathBuf, address: Ipv4Addr, client: &PathBuf) -> Result<f64
     let total = reader.join().map_err(|_| anyhow::anyhow!("the reader panicked"))??;
     ensure!(total == BYTES, "{total} of {BYTES} bytes arrived");
     Ok(BYTES as f64 / 1e6 / begin.elapsed().as_secs_f64())
+}
+
+fn restart_apart(stage: &mut Stage) -> Result<()> {
+    stage.form(3)?;
+    let yaml = format!("services:\n{}", named("web", 1, "").replace("{replicas: 1}", "{mode: global}"));
+    stage.deploy(0, "shop", &yaml)?;
+    let (client, _) = on_node(stage, "pi1")?;
+    let (_, target) = on_node(stage, "pi2")?;
+    ask_from(&client, (target, 8080)).context("reached before")?;
+    for index in [1, 0] {
+        stage.lab.nodes[index].kill_daemon()?;
+    }
+    stage.lab.nodes[0].start()?;
+    // Shorter than it takes until the silent node counts as lost, with its containers.
+    throughout("the other node's container is reached", Duration::from_millis(1_500), || {
+        Ok(ask_from(&client, (target, 8080)).is_ok())
+    })
 }
 
 fn http_routes(stage: &mut Stage) -> Result<()> {
