@@ -30,6 +30,10 @@ pub struct Settings {
     /// Where HTTP routes are served while there are any.
     pub ingress_http_port: u16,
     pub ingress_https_port: u16,
+    /// Traffic between the containers of different nodes goes through WireGuard.
+    pub is_encrypted: bool,
+    /// How long a node keeps one key for it.
+    pub encrypt_rotation_s: u64,
 }
 
 impl Default for Settings {
@@ -41,6 +45,8 @@ impl Default for Settings {
             insecure_registries: Vec::new(),
             ingress_http_port: 80,
             ingress_https_port: 443,
+            is_encrypted: false,
+            encrypt_rotation_s: 7 * 24 * 3600,
         }
     }
 }
@@ -61,13 +67,15 @@ pub enum SettingError {
     BadValue { key: String, value: String, expected: &'static str },
 }
 
-const KEYS: [(&str, &str); 6] = [
+const KEYS: [(&str, &str); 8] = [
     ("timers", "card: for SD cards; fast: for SSDs, a leader is replaced within a second"),
     ("default_memory", "memory reserved for an instance that reserves none (MiB)"),
     ("default_cpu", "CPU reserved for an instance that reserves none (thousandths of a core)"),
     ("insecure_registries", "registries that may be asked without TLS (host:port, comma-separated)"),
     ("ingress_http_port", "where services with an HTTP route are served"),
     ("ingress_https_port", "the same with TLS"),
+    ("encrypt", "true: traffic between containers of different nodes is encrypted, by WireGuard"),
+    ("encrypt_rotation", "how long a node keeps one key for that (seconds)"),
 ];
 
 impl Settings {
@@ -93,6 +101,8 @@ impl Settings {
             "default_cpu" => self.default_cpu_millis.to_string(),
             "ingress_http_port" => self.ingress_http_port.to_string(),
             "ingress_https_port" => self.ingress_https_port.to_string(),
+            "encrypt" => self.is_encrypted.to_string(),
+            "encrypt_rotation" => self.encrypt_rotation_s.to_string(),
             _ => self.insecure_registries.join(","),
         }
     }
@@ -122,6 +132,10 @@ impl Settings {
             }
             "ingress_https_port" => {
                 self.ingress_https_port = number(1..=65_535, "a port, 1 to 65535")? as u16;
+            }
+            "encrypt" => self.is_encrypted = value.parse().map_err(|_| bad("true or false"))?,
+            "encrypt_rotation" => {
+                self.encrypt_rotation_s = number(10..=31_536_000, "seconds, 10 to 31536000")?;
             }
             "insecure_registries" => {
                 let hosts: Vec<String> =

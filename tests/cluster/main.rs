@@ -8,6 +8,7 @@
 
 mod crashes;
 mod durability;
+mod encryption;
 mod faults;
 mod growth;
 mod hostile;
@@ -44,6 +45,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     updates::SCENARIOS,
     crashes::SCENARIOS,
     network::SCENARIOS,
+    encryption::SCENARIOS,
     names::SCENARIOS,
     faults::SCENARIOS,
     renumber::SCENARIOS,
