@@ -10,7 +10,7 @@ use super::handlers::{app_name, lan_addresses, mark_of};
 use super::network_check;
 use super::peer;
 use super::wire::*;
-use crate::agent::wiring;
+use crate::agent::{HeldAddresses, NetworkView, WaysView, wiring};
 use crate::model::*;
 use crate::network::overlay::Way;
 use crate::network::{arp, foreign, lan};
@@ -55,6 +55,33 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
         let node = state.nodes.rows().find(|node| node.number == *number);
         node.map_or_else(|| format!("node {number}"), |node| node.name.clone())
     };
+    let problems = problems_of(&state, obstacles, view, backend.ways.view(), &held);
+    NodeNetworkBody {
+        node: state.node_name(backend.node),
+        bridge: backend.ground.network.bridge_address().to_string(),
+        lans: lans.iter().map(|lan| format!("{}/{} {}", lan.address, lan.prefix_length, lan.name)).collect(),
+        ways: ways
+            .iter()
+            .map(|(number, way, kind)| WayBody {
+                node: name_of(number),
+                kind: (*kind).into(),
+                address: way.address().to_string(),
+            })
+            .collect(),
+        connections: connections.into_iter().map(|(address, count)| (address.to_string(), count)).collect(),
+        floating: held.held.iter().map(ToString::to_string).collect(),
+        problems,
+    }
+}
+
+/// What keeps the network of this node from being as it should, each with its cure.
+fn problems_of(
+    state: &State,
+    obstacles: Vec<foreign::Obstacle>,
+    view: NetworkView,
+    ways: WaysView,
+    held: &HeldAddresses,
+) -> Vec<NetworkProblemBody> {
     let mut problems: Vec<NetworkProblemBody> = obstacles
         .into_iter()
         .map(|obstacle| NetworkProblemBody { text: obstacle.text, remedy: Some(obstacle.remedy) })
@@ -72,13 +99,12 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
             ),
         }
     }));
-    let ways_view = backend.ways.view();
-    problems.extend(ways_view.problem.map(|text| NetworkProblemBody {
+    problems.extend(ways.problem.map(|text| NetworkProblemBody {
         text: format!("traffic to other nodes can't be encrypted: {text}"),
         remedy: Some("modprobe wireguard, or modprobe tun; it is tried again every 10 s".into()),
     }));
-    if !ways_view.waits_for.is_empty() {
-        let names: Vec<String> = ways_view.waits_for.iter().map(|node| state.node_name(*node)).collect();
+    if !ways.waits_for.is_empty() {
+        let names: Vec<String> = ways.waits_for.iter().map(|node| state.node_name(*node)).collect();
         problems.push(NetworkProblemBody {
             text: format!("the change of `encrypt`, or of keys, waits for {}", names.join(", ")),
             remedy: None,
@@ -98,22 +124,7 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
         text: format!("{address} is answered by another machine, {by}"),
         remedy: Some("switch that machine off or give it another address".into()),
     }));
-    NodeNetworkBody {
-        node: state.node_name(backend.node),
-        bridge: backend.ground.network.bridge_address().to_string(),
-        lans: lans.iter().map(|lan| format!("{}/{} {}", lan.address, lan.prefix_length, lan.name)).collect(),
-        ways: ways
-            .iter()
-            .map(|(number, way, kind)| WayBody {
-                node: name_of(number),
-                kind: (*kind).into(),
-                address: way.address().to_string(),
-            })
-            .collect(),
-        connections: connections.into_iter().map(|(address, count)| (address.to_string(), count)).collect(),
-        floating: held.held.iter().map(ToString::to_string).collect(),
-        problems,
-    }
+    problems
 }
 
 /// `GET /internal/network`.

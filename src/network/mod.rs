@@ -343,6 +343,12 @@ impl Network {
         let lan_mtu = Socket::route().map_or(MTU, |socket| overlay::lan_mtu(&socket));
         let numbers = self.numbers();
         let tunnel = Tunnel::create(slot, numbers.network(numbers.own), lan_mtu)?;
+        // Two nodes never change at the same moment: what comes through one tunnel may be answered through another.
+        let loose = set_sysctl(&format!("net/ipv4/conf/{}/rp_filter", slot.link_name()), "2");
+        loose.map_err(|error| TunnelError::Kernel {
+            step: error.to_string(),
+            source: io::ErrorKind::Other.into(),
+        })?;
         let key = tunnel.public_key();
         tunnels.insert(slot, tunnel);
         Ok((slot, key))

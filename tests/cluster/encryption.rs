@@ -3,11 +3,11 @@
 use super::Scenario;
 use super::network::{ask_from, named, on_node};
 use super::stage::{Stage, until};
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -72,6 +72,14 @@ impl Talk {
         Duration::from_micros(self.longest_us.swap(0, Ordering::Relaxed))
     }
 
+    /// Says how long a message took at most since this was last asked, and fails if that was too long.
+    fn check(&self, stage: &mut Stage, what: &str) -> Result<()> {
+        let gap = self.longest();
+        stage.remark(format!("{what}: longest wait of an established connection {} ms", gap.as_millis()));
+        ensure!(!gap.is_zero() && gap < GAP_MAX, "{what}: a gap of {gap:?}");
+        Ok(())
+    }
+
     fn end(self) -> Result<()> {
         self.is_over.store(true, Ordering::Relaxed);
         self.client.join().map_err(|_| anyhow::anyhow!("the client panicked"))??;
@@ -115,11 +123,14 @@ fn link_to(stage: &Stage, address: Ipv4Addr) -> Result<String> {
     let route = netns::in_netns(&netns, move || {
         Command::new("ip").args(["route", "get", &address.to_string()]).output()
     })?;
-    Ok(String::from_utf8_lossy(&route.stdout).into_owned())
+    let text = String::from_utf8_lossy(&route.stdout).into_owned();
+    let link = text.split_whitespace().nth(2).context("ip route get names a link")?;
+    Ok(link.to_owned())
 }
 
+const LIMIT: Duration = Duration::from_secs(20);
+
 fn encrypt(stage: &mut Stage) -> Result<()> {
-    const LIMIT: Duration = Duration::from_secs(20);
     stage.lab.lan.add_far_lan()?;
     let router = stage.lab.lan.address(254);
     for node in &stage.lab.nodes {
@@ -134,19 +145,30 @@ fn encrypt(stage: &mut Stage) -> Result<()> {
     let talk = Talk::begin(&server, address, client.clone())?;
     until("the message is seen in clear", LIMIT, || Ok(overheard(stage, Duration::from_millis(300))? > 0))?;
     talk.longest();
+    switch_on(stage, &talk)?;
+    let (_, far) = on_node(stage, "pi3")?;
+    ask_from(&client, (far, 8080)).context("a node behind the router")?;
+    go_around(stage, &client, address)?;
+    talk.longest();
+    change_keys(stage, &talk, address)?;
+    join_later(stage, &client)?;
+    start_again(stage, &talk, &client, address)?;
+    switch_off(stage, &talk)?;
+    talk.end()
+}
 
+fn switch_on(stage: &mut Stage, talk: &Talk) -> Result<()> {
     let begin = Instant::now();
     stage.cli(0, &["settings", "encrypt", "true"])?;
     until("everything goes through tunnels", LIMIT, || all_ways(stage, 3, "wireguard"))?;
     stage.note("changed to encryption", begin);
-    let gap = talk.longest();
-    stage.remark(format!("longest wait of an established connection meanwhile: {} ms", gap.as_millis()));
-    ensure!(gap < GAP_MAX, "encryption on: a gap of {gap:?}");
+    talk.check(stage, "changed to encryption")?;
     ensure!(overheard(stage, Duration::from_secs(2))? == 0, "the message is read on the LAN");
-    let (_, far) = on_node(stage, "pi3")?;
-    ask_from(&client, (far, 8080))?;
+    Ok(())
+}
 
-    // Somebody on pi1 who goes around the tunnel.
+/// Somebody on pi1 who sends past the tunnel.
+fn go_around(stage: &Stage, client: &Path, address: Ipv4Addr) -> Result<()> {
     let netns = stage.lab.nodes[0].netns.clone();
     let (by, to) = (stage.lab.nodes[1].address.to_string(), format!("{address}/32"));
     let route = |verb: &'static str| {
@@ -154,24 +176,27 @@ fn encrypt(stage: &mut Stage) -> Result<()> {
         netns::in_netns(&netns, move || Command::new("ip").args(words).status())
     };
     ensure!(route("add")?.success(), "a route in clear");
-    until("what comes in clear is not taken", LIMIT, || Ok(ask_from(&client, (address, 8080)).is_err()))?;
+    until("what comes in clear is not taken", LIMIT, || Ok(ask_from(client, (address, 8080)).is_err()))?;
     ensure!(route("del")?.success(), "the route is taken away");
-    ask_from(&client, (address, 8080))?;
-    talk.longest();
+    ask_from(client, (address, 8080)).context("through the tunnel again")?;
+    Ok(())
+}
 
+fn change_keys(stage: &mut Stage, talk: &Talk, address: Ipv4Addr) -> Result<()> {
     let before = link_to(stage, address)?;
     let begin = Instant::now();
     stage.cli(0, &["settings", "encrypt_rotation", "10"])?;
     until("keys are changed", LIMIT, || {
-        let is_other = link_to(stage, address)?.split_whitespace().nth(2) != before.split_whitespace().nth(2);
-        Ok(is_other && all_ways(stage, 3, "wireguard")?)
+        Ok(link_to(stage, address)? != before && all_ways(stage, 3, "wireguard")?)
     })?;
     stage.note("new keys everywhere", begin);
-    let gap = talk.longest();
-    stage.remark(format!("longest wait while keys changed: {} ms", gap.as_millis()));
-    ensure!(gap < GAP_MAX, "new keys: a gap of {gap:?}");
+    talk.check(stage, "keys changed")?;
     stage.cli(0, &["settings", "encrypt_rotation", "604800"])?;
+    Ok(())
+}
 
+fn join_later(stage: &mut Stage, client: &Path) -> Result<()> {
+    let router = stage.lab.lan.address(254);
     let node = stage.lab.add_node()?;
     node.start()?;
     let index = stage.lab.nodes.len() - 1;
@@ -181,22 +206,29 @@ fn encrypt(stage: &mut Stage) -> Result<()> {
     stage.cli(index, &["join", &token])?;
     let name = stage.lab.nodes[index].name.clone();
     until("the new node is reached", LIMIT, || {
-        Ok(on_node(stage, &name).is_ok_and(|(_, new)| ask_from(&client, (new, 8080)).is_ok()))
+        Ok(on_node(stage, &name).is_ok_and(|(_, new)| ask_from(client, (new, 8080)).is_ok()))
     })?;
-    until("and only through a tunnel", LIMIT, || all_ways(stage, 4, "wireguard"))?;
-    talk.longest();
+    until("and only through a tunnel", LIMIT, || all_ways(stage, 4, "wireguard"))
+}
 
+fn start_again(stage: &mut Stage, talk: &Talk, client: &Path, address: Ipv4Addr) -> Result<()> {
+    talk.longest();
     stage.lab.nodes[1].kill_daemon()?;
     stage.lab.nodes[1].start()?;
-    until("a daemon that starts again is reached", LIMIT, || Ok(ask_from(&client, (address, 8080)).is_ok()))?;
+    until("a daemon that starts again is reached", LIMIT, || Ok(ask_from(client, (address, 8080)).is_ok()))?;
     until("its keys are known", LIMIT, || all_ways(stage, 4, "wireguard"))?;
-    stage.remark(format!(
-        "longest wait while a daemon was killed and started: {} ms",
-        talk.longest().as_millis()
-    ));
+    let mut gap = Duration::ZERO;
+    until("the connection goes on", LIMIT, || {
+        gap = talk.longest();
+        Ok(!gap.is_zero())
+    })?;
+    stage.remark(format!("longest wait while a daemon was killed and started: {} ms", gap.as_millis()));
     ensure!(overheard(stage, Duration::from_secs(1))? == 0, "the message is read on the LAN");
     talk.longest();
+    Ok(())
+}
 
+fn switch_off(stage: &mut Stage, talk: &Talk) -> Result<()> {
     let begin = Instant::now();
     stage.cli(0, &["settings", "encrypt", "false"])?;
     until("everything goes in clear", LIMIT, || {
@@ -204,12 +236,10 @@ fn encrypt(stage: &mut Stage) -> Result<()> {
         Ok(seen && !stage.lab.nodes[0].get("/v1/network")?["nodes"].to_string().contains("wireguard"))
     })?;
     stage.note("changed back", begin);
-    let gap = talk.longest();
-    ensure!(gap < GAP_MAX, "encryption off: a gap of {gap:?}");
+    talk.check(stage, "changed back")?;
     until("no tunnel is left", LIMIT, || {
         let netns = stage.lab.nodes[0].netns.clone();
         let links = netns::in_netns(&netns, || Command::new("ip").args(["-o", "link"]).output())?;
         Ok(!String::from_utf8_lossy(&links.stdout).contains("tdw"))
-    })?;
-    talk.end()
+    })
 }

@@ -6,6 +6,7 @@
 //!
 //! Invariant: nothing of a scenario outlives it; what does is a failure of that scenario (`leftovers`).
 
+mod cable;
 mod crashes;
 mod durability;
 mod encryption;

@@ -30,6 +30,12 @@ pub struct Lanes {
     wanted: Option<Held>,
     old: Option<Held>,
     peers: BTreeMap<NodeId, WaysFrame>,
+    /// The key that the tunnels use for each peer on each lane.
+    adopted: BTreeMap<(NodeId, Lane), (PublicKey, u16)>,
+    /// Peers that started anew: they know nothing of what they were told.
+    unaware: BTreeSet<NodeId>,
+    /// Confirmed so lately that the first handshake may not be over.
+    cold: BTreeSet<(NodeId, Slot)>,
     /// Why this node can't encrypt.
     obstacle: Option<String>,
 }
@@ -45,7 +51,17 @@ pub struct Expected {
 
 impl Lanes {
     pub fn new(start_id: StartId, obstacle: Option<String>) -> Lanes {
-        Lanes { start_id, seq: 0, wanted: None, old: None, peers: BTreeMap::new(), obstacle }
+        Lanes {
+            start_id,
+            seq: 0,
+            wanted: None,
+            old: None,
+            peers: BTreeMap::new(),
+            adopted: BTreeMap::new(),
+            unaware: BTreeSet::new(),
+            cold: BTreeSet::new(),
+            obstacle,
+        }
     }
 
     /// Takes what a peer says; whether it is news.
@@ -56,8 +72,36 @@ impl Lanes {
             return false;
         }
         let is_news = known.is_none_or(|known| WaysFrame { seq: known.seq, ..frame.clone() } != *known);
+        if known.is_none_or(|known| known.start_id != frame.start_id) {
+            self.unaware.insert(from);
+        }
         self.peers.insert(from, frame);
         is_news
+    }
+
+    /// Peers that started anew since this was last asked.
+    pub fn take_unaware(&mut self) -> BTreeSet<NodeId> {
+        std::mem::take(&mut self.unaware)
+    }
+
+    /// Takes up the peers' keys: a first one at once, another in its place only when the peer is ready for it, so that
+    /// what it has still at work is of use until then.
+    pub fn adopt(&mut self) {
+        let held: Vec<Held> = self.held().collect();
+        let mut adopted = BTreeMap::new();
+        for (node, frame) in &self.peers {
+            for offer in &frame.offers {
+                let (Some(key), Some(own)) =
+                    (offer.key, held.iter().find(|held| held.offer.lane == offer.lane))
+                else {
+                    continue;
+                };
+                let place = (*node, offer.lane);
+                let known = self.adopted.get(&place).filter(|_| !frame.confirmed.contains(&own.offer));
+                adopted.insert(place, known.copied().unwrap_or((key, offer.port)));
+            }
+        }
+        self.adopted = adopted;
     }
 
     pub fn retain(&mut self, is_member: impl Fn(NodeId) -> bool) {
@@ -96,27 +140,51 @@ impl Lanes {
         self.held().any(|held| held.offer.lane == Lane::Clear)
     }
 
-    /// The newest lane on which the peer takes what comes from this node.
+    /// The newest lane on which the peer takes what comes from this node; a cold one only if there is no other.
     pub fn choice(&self, peer: NodeId) -> Option<Held> {
-        let frame = self.peers.get(&peer)?;
-        self.held().find(|held| {
-            frame.confirmed.contains(&held.offer)
-                && frame.offers.iter().any(|offer| offer.lane == held.offer.lane)
+        let mut taken = self.taken_by(peer).peekable();
+        while let Some(held) = taken.next() {
+            let is_cold = held.slot.is_some_and(|slot| self.cold.contains(&(peer, slot)));
+            if !is_cold || taken.peek().is_none() {
+                return Some(held);
+            }
+        }
+        None
+    }
+
+    /// Newest first.
+    fn taken_by(&self, peer: NodeId) -> impl Iterator<Item = Held> + '_ {
+        let frame = self.peers.get(&peer);
+        self.held().filter(move |held| {
+            frame.is_some_and(|frame| {
+                frame.confirmed.contains(&held.offer)
+                    && frame.offers.iter().any(|offer| offer.lane == held.offer.lane)
+            })
         })
+    }
+
+    /// Tunnels through which a peer is ready to shake hands.
+    pub fn ready(&self) -> BTreeSet<(NodeId, Slot)> {
+        let ready = |node: &NodeId| {
+            let node = *node;
+            self.taken_by(node).filter_map(move |held| Some((node, held.slot?)))
+        };
+        self.peers.keys().flat_map(ready).collect()
+    }
+
+    pub fn set_cold(&mut self, cold: BTreeSet<(NodeId, Slot)>) {
+        self.cold = cold;
     }
 
     /// What the tunnels are to know.
     pub fn expected(&self) -> BTreeSet<Expected> {
-        let mut found = BTreeSet::new();
-        for (node, frame) in &self.peers {
-            for offer in &frame.offers {
-                let slot = self.offered(offer.lane).and_then(|held| held.slot);
-                if let (Some(slot), Some(key)) = (slot, offer.key) {
-                    found.insert(Expected { slot, node: *node, key, port: offer.port });
-                }
-            }
-        }
-        found
+        let adopted = self.adopted.iter();
+        adopted
+            .filter_map(|((node, lane), (key, port))| {
+                let slot = self.offered(*lane)?.slot?;
+                Some(Expected { slot, node: *node, key: *key, port: *port })
+            })
+            .collect()
     }
 
     /// What to tell a peer, of whom the tunnels know `told`.
@@ -200,12 +268,14 @@ mod tests {
         }
 
         fn one_tells(&mut self) -> bool {
+            self.one.adopt();
             self.told_one = self.one.expected();
             let frame = self.one.frame(TWO, &self.told_one);
             self.two.hear(ONE, frame)
         }
 
         fn two_tells(&mut self) -> bool {
+            self.two.adopt();
             self.told_two = self.two.expected();
             let frame = self.two.frame(ONE, &self.told_two);
             self.one.hear(TWO, frame)
@@ -234,6 +304,7 @@ mod tests {
         assert_eq!(pair.lanes()[0], Some(Lane::Clear), "offered, and this node's key is not confirmed yet");
         assert!(pair.two_tells() && pair.one_tells());
         assert_eq!(pair.lanes(), [Some(Lane::Sealed { epoch: 1 }); 2]);
+        pair.one.adopt();
         let expected = pair.one.expected();
         let of_two = Expected { slot: Slot::First, node: TWO, key: [2; 32], port: Slot::Second.port() };
         assert_eq!(expected, BTreeSet::from([of_two]), "each has its own place for the same lane");
@@ -261,6 +332,20 @@ mod tests {
     }
 
     #[test]
+    fn a_lane_is_used_once_its_first_handshake_had_time_unless_it_is_the_only_one() {
+        let mut pair = Pair::in_clear();
+        pair.one.begin(sealed(1, 1, Slot::First));
+        pair.two.begin(sealed(1, 2, Slot::First));
+        pair.settle();
+        let cold = BTreeSet::from([(TWO, Slot::First)]);
+        assert_eq!(pair.one.ready(), cold);
+        pair.one.set_cold(cold);
+        assert_eq!(pair.lanes()[0], Some(Lane::Clear));
+        pair.one.end();
+        assert_eq!(pair.lanes()[0], Some(Lane::Sealed { epoch: 1 }));
+    }
+
+    #[test]
     fn a_node_that_starts_again_is_waited_for_and_told_anew() {
         let mut pair = Pair::in_clear();
         pair.one.begin(sealed(1, 1, Slot::First));
@@ -270,6 +355,10 @@ mod tests {
         pair.two.begin(sealed(1, 22, Slot::Second));
         pair.two_tells();
         assert_eq!(pair.one.choice(TWO), None, "it knows nothing of this node's key yet");
+        assert_eq!(pair.one.take_unaware(), BTreeSet::from([TWO]));
+        pair.one.adopt();
+        let keys = |lanes: &Lanes| lanes.expected().into_iter().map(|one| one.key).collect::<Vec<_>>();
+        assert_eq!(keys(&pair.one), [[2; 32]], "what its earlier run left at work is not cut off");
         pair.settle();
         assert_eq!(pair.lanes(), [Some(Lane::Sealed { epoch: 1 }); 2]);
     }

@@ -93,8 +93,10 @@ pub struct WaysKeeper {
 #[derive(Default)]
 struct Last {
     addresses: BTreeMap<NodeId, Ipv4Addr>,
-    /// What the tunnels know, where each peer was then, and since when.
-    told: BTreeMap<Expected, (Ipv4Addr, Instant)>,
+    /// What the tunnels know, and where each peer was then.
+    told: BTreeMap<Expected, Ipv4Addr>,
+    /// Since when each peer has been ready, by tunnel.
+    ready: BTreeMap<(NodeId, Slot), Instant>,
     applied: Option<(Instant, BTreeMap<u8, Reach>, BTreeSet<u8>, bool)>,
     frames: BTreeMap<NodeId, (Instant, WaysFrame)>,
     rolled_since: Option<Instant>,
@@ -116,7 +118,8 @@ impl WaysKeeper {
             if let Some(lane) = wanted_lane(&state, cluster_time.map(|time| time.0)) {
                 self.offer(lane, &mut last, now).await;
             }
-            self.tell_tunnels(&state, &mut last, now).await;
+            self.tell_tunnels(&state, &mut last).await;
+            self.warm_up(&state, &mut last, now).await;
             self.apply(&state, &mut last, now).await;
             self.tell_peers(&mut last, now);
             if self.finish(&mut last, now).await {
@@ -129,7 +132,7 @@ impl WaysKeeper {
                     let _ = self.ways.woken.recv().await;
                 },
                 async {
-                    async_io::Timer::after(LOOK_EVERY).await;
+                    async_io::Timer::after(pause(&last, now)).await;
                 },
             )
             .await;
@@ -193,17 +196,19 @@ impl WaysKeeper {
         Ok(Held { offer: Offer { lane, key: Some(key), port: slot.port() }, slot: Some(slot) })
     }
 
-    async fn tell_tunnels(&self, state: &State, last: &mut Last, now: Instant) {
-        let expected = lock(&self.ways.lanes).expected();
+    async fn tell_tunnels(&self, state: &State, last: &mut Last) {
+        let expected = {
+            let mut lanes = lock(&self.ways.lanes);
+            lanes.adopt();
+            lanes.expected()
+        };
         let is_known = |node: &NodeId| last.addresses.get(node).copied();
         let wanted: BTreeMap<Expected, Ipv4Addr> =
             expected.into_iter().filter_map(|expected| Some((expected, is_known(&expected.node)?))).collect();
-        let is_same = wanted.len() == last.told.len()
-            && wanted.iter().zip(&last.told).all(|(new, old)| new.0 == old.0 && *new.1 == old.1.0);
-        if is_same {
+        if wanted == last.told {
             return;
         }
-        let (network, old, own) = (self.network.clone(), last.told.clone(), self.own);
+        let (network, old) = (self.network.clone(), last.told.clone());
         let numbers: BTreeMap<NodeId, u8> = state.nodes.rows().map(|node| (node.id, node.number)).collect();
         let outcome = smol::unblock(move || {
             // First: one network has one peer in each tunnel.
@@ -213,20 +218,16 @@ impl WaysKeeper {
             let mut told = BTreeMap::new();
             let mut failure = None;
             for (expected, address) in wanted {
-                if let Some(known) = old.get(&expected).filter(|known| known.0 == address) {
-                    told.insert(expected, *known);
+                if old.get(&expected) == Some(&address) {
+                    told.insert(expected, address);
                     continue;
                 }
                 let Some(number) = numbers.get(&expected.node) else { continue };
                 let endpoint = SocketAddrV4::new(address, expected.port);
                 let peer = network.tunnel_peer(*number, expected.key, endpoint);
                 match network.put_tunnel_peer(expected.slot, peer) {
-                    Ok(()) => drop(told.insert(expected, (address, now))),
+                    Ok(()) => drop(told.insert(expected, address)),
                     Err(error) => failure = failure.or(Some(error)),
-                }
-                // Of the two one begins, so that they don't cross.
-                if own < expected.node {
-                    network.greet_through(expected.slot, *number);
                 }
             }
             (told, failure)
@@ -236,6 +237,26 @@ impl WaysKeeper {
         if let Some(error) = outcome.1 {
             warn!(error = chain(&error), "tell a tunnel of a peer");
         }
+    }
+
+    /// Has the tunnels shake hands before anything depends on it: a first packet that is lost would cost seconds.
+    async fn warm_up(&self, state: &State, last: &mut Last, now: Instant) {
+        let ready = lock(&self.ways.lanes).ready();
+        last.ready.retain(|known, _| ready.contains(known));
+        for (node, slot) in ready {
+            if last.ready.contains_key(&(node, slot)) {
+                continue;
+            }
+            last.ready.insert((node, slot), now);
+            // Of the two one begins, so that they don't cross.
+            if let Some(row) = state.nodes.find(&node).filter(|_| self.own < node) {
+                let (network, number) = (self.network.clone(), row.number);
+                smol::unblock(move || network.greet_through(slot, number)).await;
+            }
+        }
+        let is_cold = |since: &Instant| now.duration_since(*since) < WARM_UP;
+        let cold = last.ready.iter().filter(|(_, since)| is_cold(since)).map(|(known, _)| *known).collect();
+        lock(&self.ways.lanes).set_cold(cold);
     }
 
     async fn apply(&self, state: &State, last: &mut Last, now: Instant) {
@@ -267,11 +288,9 @@ impl WaysKeeper {
     }
 
     fn tell_peers(&self, last: &mut Last, now: Instant) {
-        // While there is another lane to use, only what has had time to shake hands is confirmed.
-        let is_changing = lock(&self.ways.lanes).held().count() > 1;
-        let is_warm = |since: &Instant| !is_changing || now.duration_since(*since) >= WARM_UP;
-        let warm = last.told.iter().filter(|(_, (_, since))| is_warm(since));
-        let told: BTreeSet<Expected> = warm.map(|(expected, _)| *expected).collect();
+        let told: BTreeSet<Expected> = last.told.keys().copied().collect();
+        let unaware = lock(&self.ways.lanes).take_unaware();
+        last.frames.retain(|node, _| !unaware.contains(node));
         for node in self.transport.connections().into_keys().filter(|node| *node != self.own) {
             let frame = lock(&self.ways.lanes).frame(node, &told);
             let is_due = last.frames.get(&node).is_none_or(|(at, old)| {
@@ -322,6 +341,12 @@ impl WaysKeeper {
         }
         ended.is_some()
     }
+}
+
+/// Until the next look: both sides of a tunnel are to change at about the same moment.
+fn pause(last: &Last, now: Instant) -> Duration {
+    let warm_at = last.ready.values().map(|since| (*since + WARM_UP).saturating_duration_since(now));
+    warm_at.filter(|left| !left.is_zero()).min().unwrap_or(LOOK_EVERY).min(LOOK_EVERY)
 }
 
 /// What the cluster's settings ask for now.

@@ -2,12 +2,11 @@
 
 use crate::linux::netns;
 use crate::network::{link, netlink::Socket};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use std::fs::File;
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 const BRIDGE: &str = "lan0";
 const FAR_BRIDGE: &str = "lan1";
@@ -149,14 +148,19 @@ impl Lan {
         Ok(new)
     }
 
-    /// Delays and loses what a machine sends, by netem.
-    pub fn spoil(&self, netns: &Path, how: &'static [&'static str]) -> Result<()> {
-        let outcome = netns::in_netns(netns, move || {
-            Command::new("tc").args(["qdisc", "replace", "dev", "eth0", "root", "netem"]).args(how).output()
+    /// Takes a machine off the bridge; the name of its end here. Somebody else is to carry its frames.
+    pub fn unplug(&self, number: u8) -> Result<String> {
+        netns::in_netns(&self.netns, move || {
+            let socket = Socket::route()?;
+            link::set_master(&socket, link::index_of(&port(number))?, 0)
         })
-        .context("run tc; apt-get install iproute2")?;
-        ensure!(outcome.status.success(), "netem: {}", String::from_utf8_lossy(&outcome.stderr));
-        Ok(())
+        .with_context(|| format!("take machine {number} off the bridge"))?;
+        Ok(port(number))
+    }
+
+    /// The bridge's name in the LAN's namespace.
+    pub fn bridge(&self) -> &'static str {
+        BRIDGE
     }
 
     /// Another subnet for the clients' own namespace.

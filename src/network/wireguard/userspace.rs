@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 /// The protocol's own clock: handshakes again, keys renewed, keep-alives.
 const CLOCK: Duration = Duration::from_millis(250);
+const BEGIN_AGAIN: Duration = Duration::from_millis(400);
 const PACKET_BYTES_MAX: usize = 65_536;
 /// Before the other side is looked after.
 const PACKETS_AT_ONCE: usize = 64;
@@ -90,6 +91,8 @@ struct Peer {
     known: TunnelPeer,
     index: u32,
     session: Tunn,
+    /// When the first handshake was last begun, until it is over.
+    begun: Option<Instant>,
 }
 
 struct Engine {
@@ -174,7 +177,7 @@ impl Engine {
             index,
             Some(self.limiter.clone()),
         );
-        self.peers.push(Peer { known, index, session });
+        self.peers.push(Peer { known, index, session, begun: None });
     }
 
     /// From containers here to other nodes. Whether the interface is still there.
@@ -190,6 +193,9 @@ impl Engine {
             let Some(place) = self.by_network.get(&first_three(to.octets())) else { continue };
             let peer = &mut self.peers[*place];
             if let TunnResult::WriteToNetwork(sealed) = peer.session.encapsulate(packet, buffer) {
+                if peer.session.time_since_last_handshake().is_none() {
+                    peer.begun = Some(Instant::now());
+                }
                 send(&self.socket, sealed, peer.known.endpoint.into());
             }
         }
@@ -235,8 +241,20 @@ impl Engine {
     fn tick(&mut self, buffer: &mut [u8]) {
         self.limiter.reset_count();
         for peer in &mut self.peers {
+            let endpoint = peer.known.endpoint.into();
             if let TunnResult::WriteToNetwork(packet) = peer.session.update_timers(buffer) {
-                send(&self.socket, packet, peer.known.endpoint.into());
+                send(&self.socket, packet, endpoint);
+            }
+            if peer.session.time_since_last_handshake().is_some() {
+                peer.begun = None;
+            }
+            // The protocol waits 5 s before it tries again: long, when the other node was just not ready yet.
+            if peer.begun.is_some_and(|at| at.elapsed() >= BEGIN_AGAIN)
+                && let TunnResult::WriteToNetwork(packet) =
+                    peer.session.format_handshake_initiation(buffer, true)
+            {
+                peer.begun = Some(Instant::now());
+                send(&self.socket, packet, endpoint);
             }
         }
     }
