@@ -19,6 +19,7 @@ mod reconcile;
 mod report;
 mod restart;
 mod routes;
+mod secrets;
 pub mod wiring;
 mod worker;
 
@@ -28,4 +29,5 @@ pub use launch::{Ground, LaunchError, container_id};
 pub use lease::{Lease, keep_leases};
 pub use mesh::{Broadcast, NetworkView};
 pub use reconcile::{Local, Presence};
+pub use secrets::{Open, Opened, Sealed, SecretError, Secrets};
 pub use worker::{Agent, AgentConfig, LiveInstance, Signal, chain};

@@ -544,3 +544,25 @@ pub struct EventBody {
     pub subject: String,
     pub text: String,
 }
+
+/// `GET /v1/secrets`; `PUT /v1/secrets/{name}` with what is to be kept as body; `DELETE /v1/secrets/{name}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecretsBody {
+    #[serde(flatten)]
+    pub freshness: Freshness,
+    pub secrets: Vec<SecretBody>,
+}
+
+/// A secret without what is in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecretBody {
+    /// `NAME`, or `APP/NAME` for one that belongs to an app.
+    pub name: String,
+    pub bytes: u32,
+    /// Grows when it changes.
+    pub version: u64,
+    pub created_at: String,
+    pub changed_at: String,
+    /// `APP/SERVICE`.
+    pub used_by: Vec<String>,
+}

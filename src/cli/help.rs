@@ -27,6 +27,7 @@ Cluster
   net          addresses, endpoints, ways between nodes, and what is in the way
   address      addresses of the cluster on the LAN, which outlive a node
   image        load, list and remove images
+  secret       passwords, keys and certificates that containers find as files
   events       what happened
 
 Here

@@ -2,10 +2,10 @@
 
 use super::outgoing::{Carrier, Late, from_bytes};
 use super::{Awaiting, Config, Ended, founding, machine};
-use crate::agent::{Agent, AgentConfig, Artifacts, Ground, keep_leases};
+use crate::agent::{Agent, AgentConfig, Artifacts, Ground, Secrets, keep_leases};
 use crate::api::wire::{InitReply, JoinDone, TokenRequest};
 use crate::api::{
-    ApiError, Backend, Connection, Server, answer_join, confirm_cluster_key, create_token, peer,
+    ApiError, Backend, Connection, Server, answer_join, confirm_cluster_key, create_token, open_sealed, peer,
 };
 use crate::consensus::{Message, MessageType};
 use crate::control::{ControlConfig, Input};
@@ -103,6 +103,9 @@ pub(crate) async fn run(
         smol::unblock(move || {
             if let Err(error) = ground.runtime.erase() {
                 warn!(%error, "remove containers");
+            }
+            if let Err(error) = ground.secrets.erase() {
+                warn!(%error, "forget secrets");
             }
             if let Err(error) = ground.network.erase() {
                 warn!(%error, "take down the network");
@@ -305,7 +308,10 @@ impl<'a> Run<'a> {
             Ok(reader)
         });
         let artifacts = Arc::new(Artifacts::new(self.node, runtime.clone(), data_dir.clone(), peers));
-        Ok(Ground { runtime, network, artifacts, data_dir, lease: Arc::default() })
+        let backend = self.late.backend.clone();
+        let open = Box::new(move |sealed: &_| open_sealed(backend.get(), sealed));
+        let secrets = Arc::new(Secrets::new(self.node, &self.config.run_dir(), open));
+        Ok(Ground { runtime, network, artifacts, data_dir, lease: Arc::default(), secrets })
     }
 
     /// Answers whoever asked for `init` or `join`.

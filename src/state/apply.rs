@@ -5,7 +5,7 @@
 
 use super::command::{Command, Envelope, Outcome, Rejection, Reply, RequestMark};
 use super::rows::{Event, StoredOutcome};
-use super::{State, addresses, deploy, members, plan, report};
+use super::{State, addresses, deploy, members, plan, report, secrets};
 use crate::model::limits::{EVENTS_MAX, OUTCOME_AGE_MS_MAX, OUTCOMES_MAX, STATE_BYTES_MAX};
 use crate::model::*;
 
@@ -81,6 +81,10 @@ impl State {
             Command::AddAddress { address } => addresses::add(self, *address),
             Command::RemoveAddress { address } => addresses::remove(self, *address),
             Command::AssignAddress { address, epoch, to } => addresses::assign(self, *address, *epoch, *to),
+            Command::PutSecret { name, sealed, fingerprint, bytes } => {
+                secrets::put(self, name, sealed, *fingerprint, *bytes)
+            }
+            Command::RemoveSecret { name } => secrets::remove(self, name),
             Command::Plan { steps } => plan::apply(self, steps),
             Command::Report { node, start_id, report } => report::apply(self, *node, *start_id, report),
         }
@@ -164,5 +168,6 @@ fn may_grow(command: &Command) -> bool {
             | Command::RegisterArtifact { .. }
             | Command::JoinNode { .. }
             | Command::AddAddress { .. }
+            | Command::PutSecret { .. }
     )
 }

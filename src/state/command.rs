@@ -176,6 +176,16 @@ pub enum Command {
         epoch: u64,
         to: NodeId,
     },
+    /// Sealed by the node that was asked; nobody opens it here.
+    PutSecret {
+        name: SecretName,
+        sealed: Vec<u8>,
+        fingerprint: [u8; 32],
+        bytes: u32,
+    },
+    RemoveSecret {
+        name: SecretName,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

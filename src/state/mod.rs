@@ -16,6 +16,7 @@ mod members;
 mod plan;
 mod report;
 pub mod rows;
+mod secrets;
 pub mod snapshot;
 mod table;
 #[cfg(test)]
@@ -30,14 +31,14 @@ pub use command::{
     Rejection, Reply, RequestMark,
 };
 pub use rows::{
-    App, Cluster, Counters, Event, FloatingAddress, Meta, Role, Service, StoredOutcome, Token, TokenKind,
-    Update, User, Volume, VolumeKey,
+    App, Cluster, Counters, Event, FloatingAddress, Meta, Role, Secret, Service, StoredOutcome, Token,
+    TokenKind, Update, User, Volume, VolumeKey,
 };
 pub use table::{RowChange, RowError, Table};
 
 use crate::model::{
-    AppName, Artifact, Digest, Instance, InstanceId, Node, NodeId, PublicKey, ServiceId, Settings, Timestamp,
-    TokenId,
+    AppName, Artifact, Digest, Instance, InstanceId, Node, NodeId, PublicKey, SecretName, ServiceId,
+    Settings, Timestamp, TokenId,
 };
 use std::net::Ipv4Addr;
 
@@ -101,6 +102,8 @@ tables! {
     14 identity: () => Cluster,
     /// Floating, on the LAN.
     15 addresses: Ipv4Addr => FloatingAddress,
+    /// Sealed with the cluster key; opened only in the memory of those that need one.
+    16 secrets: SecretName => Secret,
 }
 
 impl State {

@@ -1,7 +1,8 @@
 //! Rows that only the state knows; those that other layers share are in `model`.
 
 use crate::model::{
-    AppName, ClusterId, Digest, NodeId, PublicKey, RequestId, ServiceId, ServiceSpec, Timestamp, TokenId,
+    AppName, ClusterId, Digest, NodeId, PublicKey, RequestId, SecretName, ServiceId, ServiceSpec, Timestamp,
+    TokenId,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -191,6 +192,21 @@ pub struct FloatingAddress {
     pub epoch: u64,
     /// Cluster time of the last move.
     pub since: Timestamp,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Secret {
+    pub name: SecretName,
+    /// With the cluster key, for the purpose that names this secret.
+    pub sealed: Vec<u8>,
+    /// A keyed hash of what is sealed: tells whether it is the same, and nothing else.
+    pub fingerprint: [u8; 32],
+    /// Of what is sealed.
+    pub bytes: u32,
+    /// Grows when what is sealed changes.
+    pub version: u64,
+    pub created_at: Timestamp,
+    pub changed_at: Timestamp,
 }
 
 /// What a write answered, so that a retry gets the same.

@@ -20,6 +20,7 @@ mod network;
 mod people;
 mod registry;
 mod renumber;
+mod secrets;
 mod stage;
 mod updates;
 mod watcher;
@@ -50,6 +51,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     identity::SCENARIOS,
     people::SCENARIOS,
     registry::SCENARIOS,
+    secrets::SCENARIOS,
     hostile::SCENARIOS,
     limits::SCENARIOS,
     local_names::SCENARIOS,

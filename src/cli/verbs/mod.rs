@@ -14,6 +14,7 @@ mod node;
 mod people;
 mod remove;
 mod scale;
+mod secret;
 mod settings;
 
 use argh::FromArgs;
@@ -50,6 +51,7 @@ pub enum Verb {
     Ps(apps::Ps),
     Rm(remove::Remove),
     Scale(scale::Scale),
+    Secret(secret::Secret),
     Settings(settings::Settings),
     Status(apps::Status),
     Token(people::Token),
@@ -88,6 +90,7 @@ pub async fn run(session: &Session, verb: Verb) -> anyhow::Result<()> {
         Verb::Ps(verb) => verb.run(session).await,
         Verb::Rm(verb) => verb.run(session).await,
         Verb::Scale(verb) => verb.run(session).await,
+        Verb::Secret(verb) => verb.run(session).await,
         Verb::Settings(verb) => verb.run(session).await,
         Verb::Status(verb) => verb.run(session).await,
         Verb::Token(verb) => verb.run(session).await,
