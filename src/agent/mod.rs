@@ -8,6 +8,7 @@
 
 mod addresses;
 pub mod artifacts;
+mod certificates;
 mod disk;
 mod health;
 mod hints;
@@ -25,6 +26,7 @@ mod worker;
 
 pub use addresses::HeldAddresses;
 pub use artifacts::{Artifacts, FetchArtifactError};
+pub use certificates::CertificateView;
 pub use launch::{Ground, LaunchError, container_id};
 pub use lease::{Lease, keep_leases};
 pub use mesh::{Broadcast, NetworkView};

@@ -24,6 +24,8 @@ const MEMORY_BYTES_MAX: u64 = 64 << 20;
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Sealed {
     Secret(SecretName),
+    /// The key of the certificate that the ingress shows for a host.
+    CertificateKey(String),
 }
 
 /// What was sealed, and the version of it.
@@ -46,6 +48,10 @@ pub enum SecretError {
     },
     #[error("secret {name} changed and its new version is not to be had yet")]
     Late { name: SecretName },
+    #[error("open the certificate's key")]
+    OpenKey(#[source] Box<dyn Error + Send + Sync>),
+    #[error("the newest version is not to be had yet")]
+    LateKey,
     #[error("secret {name} is gone")]
     Gone { name: SecretName },
     #[error("keep secrets in memory at {path}")]
@@ -105,6 +111,12 @@ impl Secrets {
         kept.insert(name.clone(), opened.clone());
         kept.retain(|name, _| state.secrets.contains(name) && state.needs_secret(self.node, name));
         Ok(opened)
+    }
+
+    /// For the ingress, which keeps what it makes of it.
+    pub fn open_sealed(&self, sealed: &Sealed, version: u64) -> Result<Opened, SecretError> {
+        let opened = (self.open)(sealed).map_err(SecretError::OpenKey)?;
+        if opened.version < version { Err(SecretError::LateKey) } else { Ok(opened) }
     }
 
     /// Puts an instance's secrets where its container finds them. Before each start: memory forgets at a reboot.

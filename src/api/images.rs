@@ -187,6 +187,7 @@ pub async fn deploy(
     // What the cluster itself would refuse comes first: it says more than that a port is taken.
     let would_be = dry_run(&state, name, command.clone(), images.clone(), wish.is_dry_run)?;
     super::ports::check(backend, &state, &spec).await?;
+    super::certificates::check_given(backend, &state, &spec).await?;
     if wish.is_dry_run {
         return body::ok(&would_be);
     }

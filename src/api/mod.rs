@@ -6,6 +6,7 @@
 
 pub mod backend;
 mod body;
+mod certificates;
 mod error;
 mod exec;
 mod handlers;
@@ -25,6 +26,7 @@ mod view;
 pub mod wire;
 
 pub use backend::Backend;
+pub use certificates::keep_certificates;
 pub use error::ApiError;
 pub use handlers::create_token;
 pub use internal::{CA_KEY_PURPOSE, answer_join};

@@ -8,13 +8,14 @@ use super::backend::{Backend, RequestKey};
 use super::body::{self, Reply};
 use super::error::ApiError;
 use super::handlers::mark_of;
-use super::peer;
 use super::serve::Caller;
 use super::wire::{SecretBody, SecretsBody};
+use super::{certificates, peer};
 use crate::agent::{Opened, Sealed};
 use crate::model::limits::SECRET_BYTES_MAX;
 use crate::model::*;
 use crate::state::{Command, State};
+use crate::transport::sealing::ClusterKey;
 use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
@@ -65,6 +66,10 @@ pub async fn put(
     let bytes = body::bytes(content, SECRET_BYTES_MAX).await?;
     if bytes.is_empty() {
         return Err(ApiError::invalid(format!("secret {name} would be empty")));
+    }
+    let hosts = backend.replica.state().hosts_served_with(&name);
+    if !hosts.is_empty() {
+        certificates::check_bytes(&name, &bytes, &hosts)?;
     }
     let fingerprint = key.fingerprint(&purpose(&name), &bytes);
     let sealed = key.seal(&purpose(&name), &bytes).map_err(|error| ApiError::internal(&error))?;
@@ -123,11 +128,19 @@ pub async fn hand_out(backend: &Arc<Backend>, caller: &Caller, name: &str) -> Re
     let name = named(name)?;
     let state = backend.replica.state();
     let is_needed = matches!(caller, Caller::Node(node) if state.needs_secret(*node, &name));
-    if !is_needed {
+    if !is_needed && !state.serves_with(&name) {
         return Err(ApiError::rejected(format!("nothing on that node uses secret {name}")));
     }
-    let opened = unseal(backend, &state, &Sealed::Secret(name))
-        .map_err(|error| ApiError::unavailable(error.to_string()))?;
+    handed(unseal(backend, &state, &Sealed::Secret(name)))
+}
+
+/// `GET /internal/certificates/{host}`: the key, which every node's ingress needs.
+pub fn hand_out_key(backend: &Arc<Backend>, host: &str) -> Result<Reply, ApiError> {
+    handed(unseal(backend, &backend.replica.state(), &Sealed::CertificateKey(host.into())))
+}
+
+fn handed(opened: Result<Opened, OpenError>) -> Result<Reply, ApiError> {
+    let opened = opened.map_err(|error| ApiError::unavailable(error.to_string()))?;
     let mut reply = hyper::Response::new(body::full(opened.bytes));
     reply.headers_mut().insert(VERSION, opened.version.into());
     Ok(reply)
@@ -155,7 +168,23 @@ fn unseal(backend: &Backend, state: &State, sealed: &Sealed) -> Result<Opened, O
             let row = state.secrets.find(name).ok_or_else(|| OpenError::Unknown(name.to_string()))?;
             Ok(Opened { version: row.version, bytes: key.unseal(&purpose(name), &row.sealed)? })
         }
+        Sealed::CertificateKey(host) => {
+            let row = state.certificates.find(host).and_then(|row| row.issued.as_ref());
+            let row = row.ok_or_else(|| OpenError::Unknown(format!("a certificate of {host}")))?;
+            let bytes = key.unseal(&certificates::key_purpose(host), &row.sealed_key)?;
+            Ok(Opened { version: row.version, bytes })
+        }
     }
+}
+
+/// For what the holder of the key itself needs one.
+pub(super) fn open_secret(
+    key: &ClusterKey,
+    state: &State,
+    name: &SecretName,
+) -> Result<Vec<u8>, Box<dyn Error + Send + Sync>> {
+    let row = state.secrets.find(name).ok_or_else(|| OpenError::Unknown(format!("secret {name}")))?;
+    Ok(key.unseal(&purpose(name), &row.sealed)?)
 }
 
 /// Opens what is sealed, here or by asking who can. Blocks. `None`: this node's API is not up yet.
@@ -182,6 +211,8 @@ pub fn open_sealed(
 async fn ask(backend: &Arc<Backend>, holder: NodeId, sealed: &Sealed) -> Option<Opened> {
     let path = match sealed {
         Sealed::Secret(name) => format!("/internal/secrets/{}", name.as_str().replace('/', "%2F")),
+        // Hosts hold no letter that a path can't, but for the `*`, which it can.
+        Sealed::CertificateKey(host) => format!("/internal/certificates/{host}"),
     };
     let request = peer::request(Method::GET, &path, Bytes::new());
     let answer = peer::send(&backend.transport, &backend.executor, holder, request).await.ok()?;

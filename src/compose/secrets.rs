@@ -5,6 +5,7 @@
 //! owner and mode hold for both; their names begin with `config.`.
 
 use super::draft::{SecretSource, SecretText, SecretWish};
+use super::ingress_labels::{TlsSource, read_ingress_labels};
 use super::keys::{self, Table, supported};
 use super::mounts::clean_target;
 use super::problem::{Problems, Spot, shortened};
@@ -152,6 +153,17 @@ impl Secrets {
                 problems.error_with(spot, message, "keep one of them");
             }
             spec.secrets.push(SecretUse { secret, target, uid, gid, mode, version: 0 });
+        }
+        // A certificate that only the ingress needs is brought, too.
+        for spec in services.values() {
+            for route in read_ingress_labels(&spec.labels).routes {
+                let Some(TlsSource::Secret(name)) = route.tls else { continue };
+                let declared = self.declared.get(&(Kind::Secret, name.clone()));
+                if let (Some(Declared::Own(source)), Ok(secret)) = (declared, SecretName::of_app(app, &name))
+                {
+                    wishes.insert(secret.clone(), SecretWish { name: secret, source: source.clone() });
+                }
+            }
         }
         services.values_mut().for_each(|spec| spec.secrets.sort_by(|a, b| a.target.cmp(&b.target)));
         wishes.into_values().collect()

@@ -1,5 +1,6 @@
 //! What holds for the whole cluster and can be changed with `tinydc settings`: typed, with default and meaning.
 
+use super::secret::SecretName;
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,7 +31,17 @@ pub struct Settings {
     /// Where HTTP routes are served while there are any.
     pub ingress_http_port: u16,
     pub ingress_https_port: u16,
+    /// Of the authority that certificates are ordered from.
+    pub acme_directory: String,
+    /// Empty for none.
+    pub acme_email: String,
+    /// The secret that holds the authority's own root; empty for those that browsers trust.
+    pub acme_ca: String,
 }
+
+/// The production service of Let's Encrypt.
+pub const LETS_ENCRYPT: &str = "https://acme-v02.api.letsencrypt.org/directory";
+const URL_BYTES_MAX: usize = 1024;
 
 impl Default for Settings {
     fn default() -> Self {
@@ -41,6 +52,9 @@ impl Default for Settings {
             insecure_registries: Vec::new(),
             ingress_http_port: 80,
             ingress_https_port: 443,
+            acme_directory: LETS_ENCRYPT.into(),
+            acme_email: String::new(),
+            acme_ca: String::new(),
         }
     }
 }
@@ -61,13 +75,16 @@ pub enum SettingError {
     BadValue { key: String, value: String, expected: &'static str },
 }
 
-const KEYS: [(&str, &str); 6] = [
+const KEYS: [(&str, &str); 9] = [
     ("timers", "card: for SD cards; fast: for SSDs, a leader is replaced within a second"),
     ("default_memory", "memory reserved for an instance that reserves none (MiB)"),
     ("default_cpu", "CPU reserved for an instance that reserves none (thousandths of a core)"),
     ("insecure_registries", "registries that may be asked without TLS (host:port, comma-separated)"),
     ("ingress_http_port", "where services with an HTTP route are served"),
     ("ingress_https_port", "the same with TLS"),
+    ("acme_directory", "the authority that certificates for tls=acme are ordered from"),
+    ("acme_email", "where that authority may write to"),
+    ("acme_ca", "the secret that holds the root of that authority, if browsers do not trust it"),
 ];
 
 impl Settings {
@@ -93,6 +110,9 @@ impl Settings {
             "default_cpu" => self.default_cpu_millis.to_string(),
             "ingress_http_port" => self.ingress_http_port.to_string(),
             "ingress_https_port" => self.ingress_https_port.to_string(),
+            "acme_directory" => self.acme_directory.clone(),
+            "acme_email" => self.acme_email.clone(),
+            "acme_ca" => self.acme_ca.clone(),
             _ => self.insecure_registries.join(","),
         }
     }
@@ -122,6 +142,27 @@ impl Settings {
             }
             "ingress_https_port" => {
                 self.ingress_https_port = number(1..=65_535, "a port, 1 to 65535")? as u16;
+            }
+            "acme_directory" => {
+                let is_url =
+                    value.starts_with("https://") && value.bytes().all(|byte| byte.is_ascii_graphic());
+                if !is_url || value.len() > URL_BYTES_MAX {
+                    return Err(bad("the URL of an ACME directory, which begins with https://"));
+                }
+                self.acme_directory = value.into();
+            }
+            "acme_email" => {
+                let is_address = value.contains('@') && value.bytes().all(|byte| byte.is_ascii_graphic());
+                if !value.is_empty() && (!is_address || value.len() > 254) {
+                    return Err(bad("an e-mail address, or nothing"));
+                }
+                self.acme_email = value.into();
+            }
+            "acme_ca" => {
+                if !value.is_empty() && SecretName::new(value).is_err() {
+                    return Err(bad("the name of a secret, or nothing"));
+                }
+                self.acme_ca = value.into();
             }
             "insecure_registries" => {
                 let hosts: Vec<String> =

@@ -5,7 +5,8 @@ use super::{Awaiting, Config, Ended, founding, machine};
 use crate::agent::{Agent, AgentConfig, Artifacts, Ground, Secrets, keep_leases};
 use crate::api::wire::{InitReply, JoinDone, TokenRequest};
 use crate::api::{
-    ApiError, Backend, Connection, Server, answer_join, confirm_cluster_key, create_token, open_sealed, peer,
+    ApiError, Backend, Connection, Server, answer_join, confirm_cluster_key, create_token, keep_certificates,
+    open_sealed, peer,
 };
 use crate::consensus::{Message, MessageType};
 use crate::control::{ControlConfig, Input};
@@ -240,6 +241,7 @@ impl<'a> Run<'a> {
         });
         let _ = self.late.backend.set(backend.clone());
         self.tasks.push(self.executor.spawn(confirm_cluster_key(backend.clone())));
+        self.tasks.push(self.executor.spawn(keep_certificates(backend.clone())));
         let server = Server::new(backend.clone());
         let _ = self.server.set(server.clone());
         self.tasks.push(self.executor.spawn(accept_local(

@@ -3,7 +3,7 @@
 //! Encoded with postcard behind one format byte. Variants are appended and fields never change: golden bytes of
 //! each are kept by `tests::golden`.
 
-use super::rows::{Cluster, Role, TokenKind};
+use super::rows::{Cluster, IssuedCertificate, Role, TokenKind};
 use crate::model::*;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -185,6 +185,32 @@ pub enum Command {
     },
     RemoveSecret {
         name: SecretName,
+    },
+    PutServingAuthority {
+        certificate: Vec<u8>,
+        sealed_key: Vec<u8>,
+    },
+    PutCertificate {
+        host: String,
+        issued: Box<IssuedCertificate>,
+    },
+    NoteCertificateTrouble {
+        host: String,
+        text: String,
+        pause_ms: u64,
+    },
+    ForgetCertificate {
+        host: String,
+    },
+    PutAcmeAccount {
+        directory: String,
+        sealed_key: Vec<u8>,
+    },
+    PutChallenges {
+        answers: BTreeMap<String, String>,
+    },
+    RemoveChallenges {
+        tokens: Vec<String>,
     },
 }
 

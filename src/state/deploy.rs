@@ -3,7 +3,7 @@
 use super::apply::not_found;
 use super::command::{KeptVolume, Outcome, Rejection, Reply};
 use super::rows::{App, PreviousSpec, Service, Update, Volume, VolumeKey};
-use super::{State, secrets};
+use super::{State, certificates, secrets};
 use crate::compose::ingress_labels::read_ingress_labels;
 use crate::model::limits::{
     CLUSTER_PORTS, INSTANCES_MAX, REPLICAS_MAX, SERVICE_SPEC_BYTES_MAX, SERVICES_PER_APP_MAX,
@@ -62,6 +62,8 @@ pub fn deploy(state: &mut State, spec: &AppSpec, artifacts: &[Artifact]) -> Outc
     }
     sweep_removed(state);
     secrets::forget_unnamed(state, spec);
+    let routes = spec.services.values().flat_map(|service| read_ingress_labels(&service.labels).routes);
+    certificates::try_again(state, &routes.filter_map(|route| route.host).collect::<Vec<_>>());
     let revision = state.apps.find(&spec.name).map_or(revision, |app| app.revision);
     Ok(Reply::Deployed { revision, changed, removed })
 }

@@ -10,6 +10,7 @@
 
 mod addresses;
 mod apply;
+mod certificates;
 pub mod command;
 mod deploy;
 mod members;
@@ -31,8 +32,9 @@ pub use command::{
     Rejection, Reply, RequestMark,
 };
 pub use rows::{
-    App, Cluster, Counters, Event, FloatingAddress, Meta, Role, Secret, Service, StoredOutcome, Token,
-    TokenKind, Update, User, Volume, VolumeKey,
+    AcmeAccount, App, Certificate, CertificateIssuer, Challenge, Cluster, Counters, Event, FloatingAddress,
+    IssuedCertificate, Meta, Role, Secret, Service, ServingAuthority, StoredOutcome, Token, TokenKind,
+    Trouble, Update, User, Volume, VolumeKey,
 };
 pub use table::{RowChange, RowError, Table};
 
@@ -104,6 +106,14 @@ tables! {
     15 addresses: Ipv4Addr => FloatingAddress,
     /// Sealed with the cluster key; opened only in the memory of those that need one.
     16 secrets: SecretName => Secret,
+    /// Of the ingress, by host.
+    17 certificates: String => Certificate,
+    /// One row: the CA that signs for hosts.
+    18 serving_authority: () => ServingAuthority,
+    /// By the authority's directory.
+    19 acme_accounts: String => AcmeAccount,
+    /// What every node's ingress answers to an authority that asks for a proof, by token.
+    20 challenges: String => Challenge,
 }
 
 impl State {

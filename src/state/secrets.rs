@@ -8,6 +8,7 @@ use super::apply::not_found;
 use super::command::{Outcome, Rejection, Reply};
 use super::rows::Secret;
 use super::{Service, State};
+use crate::compose::ingress_labels::{TlsSource, read_ingress_labels};
 use crate::model::limits::SECRET_BYTES_MAX;
 use crate::model::*;
 use std::collections::BTreeSet;
@@ -63,6 +64,7 @@ pub fn remove(state: &mut State, name: &SecretName) -> Outcome {
 
 /// Each use gets the version that is there now; one without a secret refuses the deploy.
 pub fn note_versions(state: &State, spec: &mut AppSpec) -> Result<(), Rejection> {
+    let app = spec.name.clone();
     for (service, spec) in &mut spec.services {
         for used in &mut spec.secrets {
             let row = state.secrets.find(&used.secret).ok_or_else(|| {
@@ -74,6 +76,14 @@ pub fn note_versions(state: &State, spec: &mut AppSpec) -> Result<(), Rejection>
             })?;
             used.version = row.version;
         }
+        for name in certificate_names(spec) {
+            if !state.secrets.contains(&state.certificate_secret(&app, &name)) {
+                return Err(Rejection::Invalid(format!(
+                    "service {service} takes its certificate from the secret {name}, which does not exist; \
+                     set it: tinydc secret set {name} FILE (chain and key as PEM)"
+                )));
+            }
+        }
     }
     Ok(())
 }
@@ -84,6 +94,7 @@ pub fn forget_unnamed(state: &mut State, spec: &AppSpec) {
         name.app() == Some(spec.name.as_str())
             && !spec.secrets.contains(name)
             && !state.services.rows().any(|service| uses(service, name))
+            && !state.serves_with(name)
     };
     let old: Vec<SecretName> = state.secrets.iter().map(|(name, _)| name).filter(is_old).cloned().collect();
     for name in old {
@@ -101,6 +112,14 @@ pub fn forget_of_app(state: &mut State, app: &AppName) {
 
 fn mounts(spec: &ServiceSpec, name: &SecretName) -> bool {
     spec.secrets.iter().any(|used| used.secret == *name)
+}
+
+/// Secrets that labels name for certificates.
+fn certificate_names(spec: &ServiceSpec) -> impl Iterator<Item = String> {
+    read_ingress_labels(&spec.labels).routes.into_iter().filter_map(|route| match route.tls {
+        Some(TlsSource::Secret(name)) => Some(name),
+        _ => None,
+    })
 }
 
 /// In any version of it that may still run.
@@ -131,10 +150,42 @@ impl State {
         let users: BTreeSet<String> = self
             .services
             .rows()
-            .filter(|service| !service.is_removed && uses(service, name))
+            .filter(|service| !service.is_removed)
+            .filter(|service| uses(service, name) || self.shows(service, name))
             .map(|service| format!("{}/{}", service.app, service.name))
+            .chain((self.cluster_settings().acme_ca == name.as_str()).then(|| "the setting acme_ca".into()))
             .collect();
         users.into_iter().collect()
+    }
+
+    /// The secret that a service's label means: the app's own of that name, else the cluster's.
+    pub fn certificate_secret(&self, app: &AppName, name: &str) -> SecretName {
+        let own = SecretName::of_app(app, name).ok().filter(|own| self.secrets.contains(own));
+        own.or_else(|| SecretName::new(name).ok()).expect("labels hold names that were checked")
+    }
+
+    fn shows(&self, service: &Service, name: &SecretName) -> bool {
+        certificate_names(&service.spec).any(|label| self.certificate_secret(&service.app, &label) == *name)
+    }
+
+    /// Whether the ingress of every node shows a certificate from this secret.
+    pub fn serves_with(&self, name: &SecretName) -> bool {
+        self.services.rows().any(|service| !service.is_removed && self.shows(service, name))
+    }
+
+    /// The hosts for which it holds the certificate.
+    pub fn hosts_served_with(&self, name: &SecretName) -> Vec<String> {
+        let services = self.services.rows().filter(|service| !service.is_removed);
+        let routes = services.flat_map(|service| {
+            let routes = read_ingress_labels(&service.spec.labels).routes.into_iter();
+            routes.map(|route| (&service.app, route))
+        });
+        routes
+            .filter_map(|(app, route)| match route.tls {
+                Some(TlsSource::Secret(label)) if self.certificate_secret(app, &label) == *name => route.host,
+                _ => None,
+            })
+            .collect()
     }
 
     /// Whether a node has a use for what is sealed there: an instance that is assigned to it has the secret.

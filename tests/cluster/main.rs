@@ -6,6 +6,7 @@
 //!
 //! Invariant: nothing of a scenario outlives it; what does is a failure of that scenario (`leftovers`).
 
+mod certificates;
 mod crashes;
 mod durability;
 mod faults;
@@ -52,6 +53,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     people::SCENARIOS,
     registry::SCENARIOS,
     secrets::SCENARIOS,
+    certificates::SCENARIOS,
     hostile::SCENARIOS,
     limits::SCENARIOS,
     local_names::SCENARIOS,

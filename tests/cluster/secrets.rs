@@ -58,6 +58,7 @@ fn secrets(stage: &mut Stage) -> Result<()> {
     ensure!(inside(stage, "/page")? == "a page", "the config");
     let listed = stage.cli(2, &["secret", "ls"])?;
     ensure!(listed.contains("shop/db") && listed.contains("shop/web") && !listed.contains(FIRST), "{listed}");
+    stage.remark(listed);
     let refused = stage.cli_refused(0, &["secret", "rm", "shared"], 1)?;
     ensure!(refused.contains("used by shop/web"), "{refused}");
 

@@ -1,6 +1,7 @@
 //! The verbs: what each takes, and what it does. One file per verb or group.
 
 mod apps;
+mod authority;
 mod cluster;
 mod context;
 mod demo;
@@ -34,6 +35,7 @@ pub struct Command {
 #[argh(subcommand)]
 pub enum Verb {
     Address(network::Address),
+    Ca(authority::Ca),
     Context(context::Context),
     Demo(demo::Demo),
     Deploy(deploy::Deploy),
@@ -73,6 +75,7 @@ impl Verb {
 pub async fn run(session: &Session, verb: Verb) -> anyhow::Result<()> {
     match verb {
         Verb::Address(verb) => verb.run(session).await,
+        Verb::Ca(verb) => verb.run(session).await,
         Verb::Net(verb) => verb.run(session).await,
         Verb::Context(verb) => verb.run(session).await,
         Verb::Demo(verb) => verb.run(),

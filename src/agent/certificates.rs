@@ -1,0 +1,196 @@
+//! Keeps what the ingress of this node shows to visitors: for each wished host a certificate whose key was opened.
+//!
+//! State → hosts and where their certificates come from; the ingress's table, and for each host without one the reason.
+//! Keys are opened one after another on a blocking thread, here or by asking a node that can, and kept in memory. While
+//! a new one is opened the old one is shown.
+
+use super::secrets::{Sealed, Secrets};
+use super::worker::chain;
+use crate::compose::ingress_labels::TlsSource;
+use crate::network::ingress::{
+    CertificateAbout, CertifiedKey, HostCertificate, certificate_from_pem, covers,
+};
+use crate::planner::certificates::wished;
+use crate::state::State;
+use async_executor::{Executor, Task};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// After a key could not be opened.
+const AGAIN_AFTER: Duration = Duration::from_secs(3);
+
+/// What `tinydc net` shows of one host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CertificateView {
+    pub host: String,
+    /// `APP/SERVICE` that wishes for it.
+    pub service: String,
+    /// `secret NAME`, `acme` or `cluster`.
+    pub source: String,
+    /// Of the one that is shown.
+    pub about: Option<CertificateAbout>,
+    pub problem: Option<String>,
+}
+
+/// Which one: a secret or a host's row, and the version of it.
+type Wanted = (Sealed, u64);
+
+#[derive(Clone)]
+struct Shown {
+    wanted: Wanted,
+    certificate: Arc<CertifiedKey>,
+    about: CertificateAbout,
+}
+
+struct Work {
+    host: String,
+    wanted: Wanted,
+    /// `None`: the secret holds it, too.
+    chain_pem: Option<String>,
+}
+
+type Outcome = (String, Wanted, Result<(Arc<CertifiedKey>, CertificateAbout), String>);
+
+pub struct Certificates {
+    secrets: Arc<Secrets>,
+    executor: Arc<Executor<'static>>,
+    shown: BTreeMap<String, Shown>,
+    failed: BTreeMap<String, (Wanted, String, Instant)>,
+    opening: Option<Task<()>>,
+    opened: Arc<Mutex<Vec<Outcome>>>,
+}
+
+impl Certificates {
+    pub fn new(secrets: Arc<Secrets>, executor: Arc<Executor<'static>>) -> Certificates {
+        Certificates {
+            secrets,
+            executor,
+            shown: BTreeMap::new(),
+            failed: BTreeMap::new(),
+            opening: None,
+            opened: Arc::default(),
+        }
+    }
+
+    /// Whether `follow` would come to something else although the state is the same.
+    pub fn has_news(&self, now: Instant) -> bool {
+        let is_again = self.failed.values().any(|(_, _, at)| now.duration_since(*at) >= AGAIN_AFTER);
+        let is_idle = self.opening.as_ref().is_none_or(Task::is_finished);
+        !lock(&self.opened).is_empty() || (is_again && is_idle)
+    }
+
+    /// `wake` is called when there is news.
+    pub fn follow(
+        &mut self,
+        state: &State,
+        now: Instant,
+        wake: impl Fn() + Send + 'static,
+    ) -> (Vec<HostCertificate>, Vec<CertificateView>) {
+        for (host, wanted, outcome) in std::mem::take(&mut *lock(&self.opened)) {
+            match outcome {
+                Ok((certificate, about)) => {
+                    self.failed.remove(&host);
+                    self.shown.insert(host, Shown { wanted, certificate, about });
+                }
+                Err(why) => drop(self.failed.insert(host, (wanted, why, now))),
+            }
+        }
+        let wished = wished(state);
+        self.shown.retain(|host, _| wished.contains_key(host));
+        self.failed.retain(|host, _| wished.contains_key(host));
+        let mut work = Vec::new();
+        let mut views = Vec::new();
+        for (host, (source, service)) in &wished {
+            let found = find(state, host, source, &service.app);
+            let shown = self.shown.get(host);
+            let mut problem = found.as_ref().err().cloned();
+            if let Ok((wanted, chain_pem)) = found
+                && shown.is_none_or(|shown| shown.wanted != wanted)
+            {
+                let failed = self.failed.get(host).filter(|(tried, _, _)| *tried == wanted);
+                problem = Some(failed.map_or_else(|| "it is being opened".into(), |(_, why, _)| why.clone()));
+                if failed.is_none_or(|(_, _, at)| now.duration_since(*at) >= AGAIN_AFTER) {
+                    work.push(Work { host: host.clone(), wanted, chain_pem });
+                }
+            }
+            let source = match source {
+                TlsSource::Secret(name) => format!("secret {name}"),
+                TlsSource::Acme => "acme".into(),
+                TlsSource::Cluster => "cluster".into(),
+            };
+            views.push(CertificateView {
+                host: host.clone(),
+                service: format!("{}/{}", service.app, service.name),
+                source,
+                about: shown.map(|shown| shown.about.clone()),
+                problem,
+            });
+        }
+        self.open(work, wake);
+        let certificates = self.shown.iter().map(|(host, shown)| HostCertificate {
+            host: host.clone(),
+            certificate: shown.certificate.clone(),
+        });
+        (certificates.collect(), views)
+    }
+
+    /// One round at a time; what came up meanwhile is in the next.
+    fn open(&mut self, work: Vec<Work>, wake: impl Fn() + Send + 'static) {
+        if work.is_empty() || self.opening.as_ref().is_some_and(|task| !task.is_finished()) {
+            return;
+        }
+        let (secrets, opened) = (self.secrets.clone(), self.opened.clone());
+        self.opening = Some(self.executor.spawn(async move {
+            for one in work {
+                let secrets = secrets.clone();
+                let outcome = smol::unblock(move || {
+                    let outcome = prepare(&secrets, &one);
+                    (one.host, one.wanted, outcome)
+                })
+                .await;
+                lock(&opened).push(outcome);
+            }
+            wake();
+        }));
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What to open for a host; else why there is nothing.
+fn find(
+    state: &State,
+    host: &str,
+    source: &TlsSource,
+    app: &crate::model::AppName,
+) -> Result<(Wanted, Option<String>), String> {
+    if let TlsSource::Secret(name) = source {
+        let name = state.certificate_secret(app, name);
+        let row = state.secrets.find(&name).ok_or_else(|| format!("secret {name} is gone"))?;
+        return Ok(((Sealed::Secret(name), row.version), None));
+    }
+    let row = state.certificates.find(&host.to_owned());
+    match row.and_then(|row| row.issued.as_ref()) {
+        Some(issued) => {
+            let wanted = (Sealed::CertificateKey(host.into()), issued.version);
+            Ok((wanted, Some(issued.chain_pem.clone())))
+        }
+        None => {
+            let trouble = row.and_then(|row| row.trouble.as_ref());
+            Err(trouble.map_or_else(|| "it is being ordered".into(), ToString::to_string))
+        }
+    }
+}
+
+fn prepare(secrets: &Secrets, work: &Work) -> Result<(Arc<CertifiedKey>, CertificateAbout), String> {
+    let (sealed, version) = &work.wanted;
+    let opened = secrets.open_sealed(sealed, *version).map_err(|error| chain(&error))?;
+    let text = std::str::from_utf8(&opened.bytes).map_err(|_| "it is no PEM text".to_owned())?;
+    let certificate = certificate_from_pem(work.chain_pem.as_deref().unwrap_or(text), text);
+    let certificate = certificate.map_err(|error| chain(&error))?;
+    let about = covers(&certificate, &work.host).map_err(|error| chain(&error))?;
+    Ok((certificate, about))
+}
