@@ -545,7 +545,10 @@ impl EventPump {
                     self.executor.spawn(answer_join(backend, asked)).detach();
                 }
             }
-            Event::Up { .. } => {}
+            Event::Up { claim } => {
+                let hello = &claim.hello;
+                self.replica.input_or_drop(Input::Greeted { peer: hello.node_id, start_id: hello.start_id });
+            }
             Event::Down { peer, .. } => self.replica.input_or_drop(Input::Unreachable { peer }),
             Event::Refused { address, node, refusal, by } => {
                 warn!(%address, ?node, ?by, reason = %refusal, "connection refused");
