@@ -28,7 +28,8 @@ pub struct CertificateView {
     pub service: String,
     /// `secret NAME`, `acme` or `cluster`.
     pub source: String,
-    /// Of the one that is shown.
+    /// Of the one that is shown, as its secret or row counts them.
+    pub version: Option<u64>,
     pub about: Option<CertificateAbout>,
     pub problem: Option<String>,
 }
@@ -59,6 +60,8 @@ pub struct Certificates {
     failed: BTreeMap<String, (Wanted, String, Instant)>,
     opening: Option<Task<()>>,
     opened: Arc<Mutex<Vec<Outcome>>>,
+    /// Something came up while others were opened.
+    has_more: bool,
 }
 
 impl Certificates {
@@ -70,6 +73,7 @@ impl Certificates {
             failed: BTreeMap::new(),
             opening: None,
             opened: Arc::default(),
+            has_more: false,
         }
     }
 
@@ -77,7 +81,7 @@ impl Certificates {
     pub fn has_news(&self, now: Instant) -> bool {
         let is_again = self.failed.values().any(|(_, _, at)| now.duration_since(*at) >= AGAIN_AFTER);
         let is_idle = self.opening.as_ref().is_none_or(Task::is_finished);
-        !lock(&self.opened).is_empty() || (is_again && is_idle)
+        !lock(&self.opened).is_empty() || (is_idle && (is_again || self.has_more))
     }
 
     /// `wake` is called when there is news.
@@ -123,6 +127,7 @@ impl Certificates {
                 host: host.clone(),
                 service: format!("{}/{}", service.app, service.name),
                 source,
+                version: shown.map(|shown| shown.wanted.1),
                 about: shown.map(|shown| shown.about.clone()),
                 problem,
             });
@@ -137,7 +142,9 @@ impl Certificates {
 
     /// One round at a time; what came up meanwhile is in the next.
     fn open(&mut self, work: Vec<Work>, wake: impl Fn() + Send + 'static) {
-        if work.is_empty() || self.opening.as_ref().is_some_and(|task| !task.is_finished()) {
+        let is_busy = self.opening.as_ref().is_some_and(|task| !task.is_finished());
+        self.has_more = is_busy && !work.is_empty();
+        if work.is_empty() || is_busy {
             return;
         }
         let (secrets, opened) = (self.secrets.clone(), self.opened.clone());
@@ -193,4 +200,84 @@ fn prepare(secrets: &Secrets, work: &Work) -> Result<(Arc<CertifiedKey>, Certifi
     let certificate = certificate.map_err(|error| chain(&error))?;
     let about = covers(&certificate, &work.host).map_err(|error| chain(&error))?;
     Ok((certificate, about))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::Opened;
+    use crate::model::NodeId;
+    use crate::state::testing::{Applier, deploy, spec};
+    use crate::state::{CertificateIssuer, Command, IssuedCertificate};
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    const HOST: &str = "shop.test";
+
+    /// Puts a certificate into the state and its key where `open` finds it.
+    fn issue(applier: &mut Applier, keys: &Mutex<Vec<String>>) {
+        let made = rcgen::generate_simple_self_signed([HOST.to_string()]).unwrap();
+        lock(keys).push(made.signing_key.serialize_pem());
+        let issued = IssuedCertificate {
+            issuer: CertificateIssuer::Cluster,
+            chain_pem: made.cert.pem(),
+            sealed_key: vec![1],
+            not_before: 0,
+            not_after: 1,
+            version: 0,
+        };
+        applier.must(Command::PutCertificate { host: HOST.into(), issued: Box::new(issued) });
+    }
+
+    /// Follows until what is shown has this version.
+    fn shown(certificates: &mut Certificates, executor: &Executor<'_>, state: &State, version: u64) {
+        for _ in 0..200 {
+            let (given, views) = certificates.follow(state, Instant::now(), || {});
+            if views[0].version == Some(version) {
+                assert_eq!((given.len(), &views[0].problem), (1, &None));
+                return;
+            }
+            let pause = async { async_io::Timer::after(Duration::from_millis(10)).await };
+            async_io::block_on(executor.run(pause));
+        }
+        panic!("version {version} is not shown");
+    }
+
+    #[test]
+    fn the_old_certificate_is_shown_until_the_new_one_s_key_is_opened() {
+        let mut applier = Applier::with_nodes(1);
+        let mut web = spec("a");
+        web.labels.insert("tinydc.http.host".into(), HOST.into());
+        web.labels.insert("tinydc.http.tls".into(), "cluster".into());
+        applier.must(deploy("shop", &[("web", web)]));
+        let keys = Arc::new(Mutex::new(Vec::<String>::new()));
+        let versions_to_be_had = Arc::new(AtomicU64::new(1));
+        let (own_keys, own_versions) = (keys.clone(), versions_to_be_had.clone());
+        let open = Box::new(move |_: &Sealed| {
+            let version = own_versions.load(Ordering::Relaxed);
+            let key = lock(&own_keys)[version as usize - 1].clone();
+            Ok(Opened { version, bytes: key.into_bytes() })
+        });
+        let secrets = Arc::new(Secrets::new(NodeId(1), std::path::Path::new("/nowhere"), open));
+        let executor = Arc::new(Executor::new());
+        let mut certificates = Certificates::new(secrets, executor.clone());
+        let (given, views) = certificates.follow(&applier.state, Instant::now(), || {});
+        assert!(given.is_empty() && views[0].problem.as_deref() == Some("it is being ordered"), "{views:?}");
+        issue(&mut applier, &keys);
+        shown(&mut certificates, &executor, &applier.state, 1);
+        // The next one's key is not to be had yet.
+        issue(&mut applier, &keys);
+        for _ in 0..20 {
+            let (given, views) = certificates.follow(&applier.state, Instant::now(), || {});
+            assert_eq!((given.len(), views[0].version), (1, Some(1)));
+            let pause = async { async_io::Timer::after(Duration::from_millis(5)).await };
+            async_io::block_on(executor.run(pause));
+        }
+        let (_, views) = certificates.follow(&applier.state, Instant::now(), || {});
+        assert_eq!(views[0].problem.as_deref(), Some("the newest version is not to be had yet"));
+        versions_to_be_had.store(2, Ordering::Relaxed);
+        let later = Instant::now() + AGAIN_AFTER;
+        assert!(certificates.has_news(later), "it is tried again");
+        certificates.follow(&applier.state, later, || {});
+        shown(&mut certificates, &executor, &applier.state, 2);
+    }
 }

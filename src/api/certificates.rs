@@ -86,7 +86,11 @@ async fn look(backend: &Arc<Backend>, key: &ClusterKey, order: &mut Option<Order
     for step in steps(&state, backend.replica.cluster_time()) {
         let command = match step {
             Step::MakeAuthority => make_authority(&state, key)?,
-            Step::Sign { host } => sign(backend, &state, key, &host)?,
+            Step::Sign { host } => sign(backend, &state, key, &host).unwrap_or_else(|error| {
+                let text = error.to_string();
+                let pause_ms = pause_seconds(Failed::Unreached, failures(&state, &host) + 1) * 1000;
+                Command::NoteCertificateTrouble { host, text, pause_ms }
+            }),
             Step::Forget { host } => Command::ForgetCertificate { host },
             Step::RemoveChallenges { tokens } => {
                 if order.as_ref().is_some_and(|order| !order.task.is_finished()) {
@@ -145,9 +149,7 @@ fn begin_order(backend: &Arc<Backend>, key: ClusterKey, host: String) -> Order {
             Err(_) if stopped.load(Ordering::Relaxed) => return,
             Err(error) => {
                 let text = crate::agent::chain(error.as_ref());
-                let rows = backend.replica.state();
-                let row = rows.certificates.find(&host).and_then(|row| row.trouble.as_ref());
-                let failures = row.map_or(0, |trouble| trouble.failures).saturating_add(1);
+                let failures = failures(&backend.replica.state(), &host) + 1;
                 let pause_ms = pause_after(error.as_ref(), failures) * 1000;
                 warn!(host, error = text, "no certificate by ACME");
                 Command::NoteCertificateTrouble { host, text, pause_ms }
@@ -160,6 +162,12 @@ fn begin_order(backend: &Arc<Backend>, key: ClusterKey, host: String) -> Order {
         }
     });
     Order { stop, task }
+}
+
+/// In a row, so far.
+fn failures(state: &State, host: &str) -> u32 {
+    let row = state.certificates.find(&host.to_owned()).and_then(|row| row.trouble.as_ref());
+    row.map_or(0, |trouble| trouble.failures.min(u32::MAX - 1))
 }
 
 /// In seconds; longer if the authority asks for it.

@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 
 /// Readable for everyone in the container, as in Docker.
 const MODE: u32 = 0o444;
+const CONFIG_PREFIX: &str = "config.";
 const NAME_HINT: &str = "use letters, digits, `-`, `_` and `.`, at most 63";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,7 +42,7 @@ impl Kind {
     fn stored(self, name: &str) -> String {
         match self {
             Kind::Secret => name.to_owned(),
-            Kind::Config => format!("config.{name}"),
+            Kind::Config => format!("{CONFIG_PREFIX}{name}"),
         }
     }
 
@@ -88,6 +89,10 @@ impl Secrets {
             if SecretName::new(&kind.stored(name)).is_err() || name.contains('/') {
                 let message = format_args!("{:?} can't name a {}", shortened(name), kind.word());
                 problems.error_with(&entry, message, NAME_HINT);
+            }
+            if kind == Kind::Secret && name.starts_with(CONFIG_PREFIX) {
+                let message = format_args!("names beginning with {CONFIG_PREFIX} are those of configs");
+                problems.error_with(&entry, message, "rename it");
             }
             if let Some(declared) = read_declaration(kind, name, &entry, environment, problems) {
                 self.declared.insert((kind, name.to_owned()), declared);

@@ -30,6 +30,8 @@ pub const OUTCOME_AGE_MS_MAX: u64 = 3_600_000;
 pub const CLUSTER_PORTS: std::ops::RangeInclusive<u16> = 7400..=7402;
 /// One secret: it goes through the log as one entry.
 pub const SECRET_BYTES_MAX: usize = 500_000;
+/// Hosts with a certificate: each has a row of a few kB on every node.
+pub const CERTIFICATES_MAX: usize = 1024;
 /// Floating addresses on the LAN.
 pub const ADDRESSES_MAX: usize = 16;
 /// Events kept.

@@ -8,6 +8,7 @@
 
 use crate::compose::ingress_labels::{TlsSource, read_ingress_labels};
 use crate::model::Timestamp;
+use crate::model::limits::CERTIFICATES_MAX;
 use crate::state::{Certificate, CertificateIssuer, IssuedCertificate, Service, State};
 use std::collections::BTreeMap;
 
@@ -58,6 +59,9 @@ pub fn steps(state: &State, now: Timestamp) -> Vec<Step> {
     let directory = state.cluster_settings().acme_directory;
     for (host, (source, _)) in &wished {
         let row = state.certificates.find(host);
+        if row.is_none() && state.certificates.len() >= CERTIFICATES_MAX {
+            continue;
+        }
         let host = host.clone();
         match source {
             TlsSource::Secret(_) => {}

@@ -7,10 +7,9 @@ use super::State;
 use super::command::{Outcome, Rejection, Reply};
 use super::rows::{AcmeAccount, Certificate, Challenge, IssuedCertificate, ServingAuthority, Trouble};
 use crate::model::Timestamp;
+use crate::model::limits::CERTIFICATES_MAX;
 use std::collections::BTreeMap;
 
-/// Hosts: each has a row of a few kB on every node.
-const CERTIFICATES_MAX: usize = 1024;
 const CHALLENGES_MAX: usize = 256;
 const ACCOUNTS_MAX: usize = 16;
 /// Of a chain as PEM, of a sealed key, of an answer.
@@ -83,13 +82,15 @@ pub fn forget(state: &mut State, host: &str) -> Outcome {
 }
 
 pub fn put_account(state: &mut State, directory: &str, sealed_key: &[u8]) -> Outcome {
+    // The first one stays: the authority knows it.
+    if state.acme_accounts.contains(&directory.to_owned()) {
+        return Ok(Reply::Done);
+    }
     if state.acme_accounts.len() >= ACCOUNTS_MAX {
         return Err(Rejection::Invalid(format!("the cluster has accounts with {ACCOUNTS_MAX} authorities")));
     }
-    if state.acme_accounts.find(&directory.to_owned()).is_none() {
-        let row = AcmeAccount { directory: directory.into(), sealed_key: sealed_key.to_vec() };
-        state.acme_accounts.put(directory.into(), row);
-    }
+    let row = AcmeAccount { directory: directory.into(), sealed_key: sealed_key.to_vec() };
+    state.acme_accounts.put(directory.into(), row);
     Ok(Reply::Done)
 }
 

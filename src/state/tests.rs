@@ -359,12 +359,17 @@ fn golden_bytes_of_entries() {
         let origin = Origin { node: NodeId(1), start_id: StartId(2), counter: 3 };
         Envelope { stamp: Timestamp(4), origin, request: None, command }.encode()
     };
-    let cases: [(Command, &[u8]); 5] = [
+    let cases: [(Command, &[u8]); 7] = [
         (Command::RemoveNode { node: NodeId(5), is_forced: true }, &[1, 4, 1, 2, 3, 0, 2, 5, 1]),
         (Command::NodeStopping { node: NodeId(5), start_id: StartId(6) }, &[1, 4, 1, 2, 3, 0, 4, 5, 6]),
         (Command::RemoveToken { token: TokenId(5) }, &[1, 4, 1, 2, 3, 0, 11, 5]),
         (Command::Plan { steps: Vec::new() }, &[1, 4, 1, 2, 3, 0, 20, 0]),
         (Command::ForgetNode { node: NodeId(5) }, &[1, 4, 1, 2, 3, 0, 22, 5]),
+        (
+            Command::RemoveSecret { name: SecretName::new("a/b").unwrap() },
+            &[1, 4, 1, 2, 3, 0, 27, 3, b'a', b'/', b'b'],
+        ),
+        (Command::RemoveChallenges { tokens: vec!["t".into()] }, &[1, 4, 1, 2, 3, 0, 34, 1, 1, b't']),
     ];
     for (command, bytes) in cases {
         assert_eq!(encode(command.clone()), bytes, "{command:?}");

@@ -1,6 +1,6 @@
 //! `secret`: passwords, keys and certificates that containers find as files.
 
-use std::io::Read;
+use std::io::{IsTerminal, Read};
 
 use anyhow::Context;
 use argh::FromArgs;
@@ -90,7 +90,14 @@ pub fn read(name: &str, file: &str) -> anyhow::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let most = SECRET_BYTES_MAX as u64 + 1;
     match file {
-        "-" => std::io::stdin().take(most).read_to_end(&mut bytes).context("read standard input")?,
+        "-" => {
+            if std::io::stdin().is_terminal() {
+                eprintln!(
+                    "Type secret {name}, then Ctrl-D on a line of its own; the last line's end is part of it."
+                );
+            }
+            std::io::stdin().take(most).read_to_end(&mut bytes).context("read standard input")?
+        }
         path => {
             let file = std::fs::File::open(path).with_context(|| format!("read {path}"))?;
             file.take(most).read_to_end(&mut bytes).with_context(|| format!("read {path}"))?
