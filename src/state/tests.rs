@@ -446,6 +446,26 @@ fn a_secret_in_use_is_kept_and_a_missing_one_refuses_the_deploy() {
     assert!(refused.to_string().contains("tinydc secret set shop/db FILE"), "{refused}");
     applier.must(put(1));
     applier.deploy("shop", &[("web", web.clone())]);
+    assert!(!applier.state.needs_secret(NodeId(1), &name), "nothing is assigned yet");
+    let service = applier.state.services.rows().next().unwrap().clone();
+    let create = PlanStep::CreateInstance {
+        service: service.id,
+        service_version: service.version,
+        slot: 1,
+        spec_version: service.spec_version,
+    };
+    applier.must(Command::Plan { steps: vec![create] });
+    let instance = applier.state.instances.rows().next().unwrap().clone();
+    let node = applier.state.nodes.find(&NodeId(2)).unwrap().clone();
+    let assign = PlanStep::Assign {
+        instance: instance.id,
+        instance_version: instance.version,
+        node: node.id,
+        node_version: node.version,
+    };
+    applier.must(Command::Plan { steps: vec![assign] });
+    let needs = |applier: &Applier, node: u64| applier.state.needs_secret(NodeId(node), &name);
+    assert!(needs(&applier, 2) && !needs(&applier, 1), "only the node that runs an instance gets it");
     // The same again is no change, another content is one, and each deploy takes what is there.
     applier.must(put(1));
     let changed = |reply: Reply| matches!(reply, Reply::Deployed { changed, .. } if !changed.is_empty());
@@ -455,7 +475,6 @@ fn a_secret_in_use_is_kept_and_a_missing_one_refuses_the_deploy() {
     assert!(changed(applier.deploy("shop", &[("web", web)])));
     let refused = applier.apply(Command::RemoveSecret { name: name.clone() }).unwrap_err();
     assert!(refused.to_string().contains("used by shop/web"), "{refused}");
-    assert!(!applier.state.needs_secret(NodeId(1), &name), "nothing is assigned yet");
     applier.deploy("shop", &[("web", spec("a"))]);
     // Still in the specification that is being replaced.
     assert!(applier.state.secrets.contains(&name));
