@@ -36,8 +36,9 @@ const REPEAT_EMPTY_FOR: Duration = Duration::from_secs(3);
 const REPEAT_ALWAYS: Duration = Duration::from_secs(5);
 /// This loop came round so late that the process was paused: what was not heard says nothing.
 const LATE: Duration = Duration::from_millis(1_000);
-/// Without a change the kernel's table is looked after this often: somebody may have flushed it.
+/// Without a change the kernel's table is looked after this often, and at once when it is announced to be gone.
 const RENEW_EVERY: Duration = Duration::from_secs(30);
+const RETRY_EVERY: Duration = Duration::from_secs(1);
 const NAME_PORT: u16 = 53;
 /// A name server whose port is taken is tried again.
 const NAMES_AGAIN: Duration = Duration::from_secs(10);
@@ -148,7 +149,10 @@ impl Mesh {
         let is_same = last.inputs.as_ref().is_some_and(|(old_state, old_down, old_silent)| {
             Arc::ptr_eq(old_state, &state) && *old_down == down && *old_silent == silent
         });
-        let is_due = last.applied_at.is_none_or(|at| now.duration_since(at) >= RENEW_EVERY);
+        let before = self.shared.network_view();
+        let every = if before.error.is_some() { RETRY_EVERY } else { RENEW_EVERY };
+        let is_due = last.applied_at.is_none_or(|at| now.duration_since(at) >= every)
+            || self.shared.ground.network.was_table_deleted();
         if is_same && !is_due && !names.is_new() && !entry.certificates.has_news(now) {
             return;
         }
@@ -156,11 +160,12 @@ impl Mesh {
         let wiring = wiring::plan(&view);
         names.tell(&view, self.shared.ground.network.bridge_address());
         entry.follow(self, &view, now);
-        let before = self.shared.network_view();
         if before.wiring != wiring || before.error.is_some() || is_due {
             entry.relay.set(&relayed(&wiring));
             let is_first = last.applied_at.is_none();
             self.apply(before, wiring, is_first).await;
+            // Making the table anew deletes it first.
+            self.shared.ground.network.was_table_deleted();
             last.applied_at = Some(now);
         }
         last.inputs = Some((state, down, silent));

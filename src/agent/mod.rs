@@ -21,6 +21,7 @@ mod report;
 mod restart;
 mod routes;
 mod secrets;
+mod ways;
 pub mod wiring;
 mod worker;
 
@@ -32,4 +33,5 @@ pub use lease::{Lease, keep_leases};
 pub use mesh::{Broadcast, NetworkView};
 pub use reconcile::{Local, Presence};
 pub use secrets::{Open, Opened, Sealed, SecretError, Secrets};
+pub use ways::{Ways, WaysKeeper, WaysView};
 pub use worker::{Agent, AgentConfig, LiveInstance, Signal, chain};

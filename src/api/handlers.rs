@@ -385,6 +385,16 @@ pub async fn create_token(
     Ok(TokenReply { id: id.to_string(), token, expires_at: expires_at.to_string(), line })
 }
 
+/// Encryption is for all nodes or for none: one that can't would lose touch with the others' containers.
+fn refuse_if_some_cannot_encrypt(backend: &Backend) -> Result<(), ApiError> {
+    let obstacles = backend.ways.obstacles(backend.node);
+    let Some((node, reason)) = obstacles.first_key_value() else { return Ok(()) };
+    let name = backend.replica.state().node_name(*node);
+    Err(ApiError::rejected(format!("{name} can't encrypt: {reason}")).hint(
+        "load the module there (modprobe wireguard, or modprobe tun), restart tinydc on it, and set it again",
+    ))
+}
+
 async fn settings(
     backend: &Arc<Backend>,
     found: Match,
@@ -393,6 +403,9 @@ async fn settings(
     if found.verb == Verb::ChangeSetting {
         let (head, content) = request.into_parts();
         let wish: SettingValue = body::parse(content).await?;
+        if found.name == "encrypt" && wish.value == "true" {
+            refuse_if_some_cannot_encrypt(backend)?;
+        }
         let command = Command::ChangeSetting { key: found.name, value: wish.value };
         backend.submit(mark_of(&head.headers, &command)?, command).await?;
         return body::done();

@@ -12,6 +12,7 @@ use super::peer;
 use super::wire::*;
 use crate::agent::wiring;
 use crate::model::*;
+use crate::network::overlay::Way;
 use crate::network::{arp, foreign, lan};
 use crate::state::{Command, Service, State};
 use bytes::Bytes;
@@ -36,7 +37,18 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
         let obstacles =
             ranges.map(|(containers, vips)| foreign::obstacles(containers, vips)).unwrap_or_default();
         let connections = network.connection_counts().unwrap_or_default();
-        (connections, obstacles, network.ways(), lan::interfaces().unwrap_or_default())
+        let ways: Vec<(u8, Way, &'static str)> = network
+            .ways()
+            .into_iter()
+            .map(|(number, way)| {
+                let kind = match way {
+                    Way::Sealed { slot, .. } => network.tunnel_kind(slot),
+                    Way::Direct { .. } | Way::Tunnel { .. } => None,
+                };
+                (number, way, kind.unwrap_or(way.name()))
+            })
+            .collect();
+        (connections, obstacles, ways, lan::interfaces().unwrap_or_default())
     })
     .await;
     let name_of = |number: &u8| {
@@ -60,6 +72,18 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
             ),
         }
     }));
+    let ways_view = backend.ways.view();
+    problems.extend(ways_view.problem.map(|text| NetworkProblemBody {
+        text: format!("traffic to other nodes can't be encrypted: {text}"),
+        remedy: Some("modprobe wireguard, or modprobe tun; it is tried again every 10 s".into()),
+    }));
+    if !ways_view.waits_for.is_empty() {
+        let names: Vec<String> = ways_view.waits_for.iter().map(|node| state.node_name(*node)).collect();
+        problems.push(NetworkProblemBody {
+            text: format!("the change of `encrypt`, or of keys, waits for {}", names.join(", ")),
+            remedy: None,
+        });
+    }
     problems.extend(view.error.map(|text| NetworkProblemBody { text, remedy: None }));
     problems.extend(view.taken.iter().map(|taken| NetworkProblemBody {
         text: format!(
@@ -80,9 +104,9 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
         lans: lans.iter().map(|lan| format!("{}/{} {}", lan.address, lan.prefix_length, lan.name)).collect(),
         ways: ways
             .iter()
-            .map(|(number, way)| WayBody {
+            .map(|(number, way, kind)| WayBody {
                 node: name_of(number),
-                kind: way.name().into(),
+                kind: (*kind).into(),
                 address: way.address().to_string(),
             })
             .collect(),

@@ -12,3 +12,4 @@ pub mod netns;
 pub mod packet;
 pub mod process;
 pub mod socket;
+pub mod tun;

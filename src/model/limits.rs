@@ -27,7 +27,9 @@ pub const UNWRITTEN_CHANGES_BYTES_MAX: usize = 64 << 10;
 pub const OUTCOMES_MAX: usize = 4096;
 pub const OUTCOME_AGE_MS_MAX: u64 = 3_600_000;
 /// Of nodes among each other and of clients: never published.
-pub const CLUSTER_PORTS: std::ops::RangeInclusive<u16> = 7400..=7402;
+pub const CLUSTER_PORTS: std::ops::RangeInclusive<u16> = 7400..=7404;
+/// Networks that a joining machine tells of.
+pub const LOCAL_NETWORKS_MAX: usize = 32;
 /// One secret: it goes through the log as one entry.
 pub const SECRET_BYTES_MAX: usize = 500_000;
 /// Hosts with a certificate: each has a row of a few kB on every node.

@@ -6,6 +6,7 @@ pub mod artifact;
 pub mod ids;
 pub mod instance;
 pub mod limits;
+pub mod local_network;
 pub mod node;
 pub mod secret;
 pub mod settings;
@@ -17,6 +18,7 @@ pub use ids::{
     AppName, ClusterId, InstanceId, NodeId, PublicKey, RequestId, ServiceId, StartId, StoreId, TokenId,
 };
 pub use instance::{Desired, Exit, Instance, Observed, Phase};
+pub use local_network::LocalNetwork;
 pub use node::{Architecture, Condition, Node, NodeSize};
 pub use secret::{SecretName, SecretNameError};
 pub use settings::Settings;

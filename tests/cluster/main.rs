@@ -9,6 +9,7 @@
 mod certificates;
 mod crashes;
 mod durability;
+mod encryption;
 mod faults;
 mod growth;
 mod hostile;
@@ -46,6 +47,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     updates::SCENARIOS,
     crashes::SCENARIOS,
     network::SCENARIOS,
+    encryption::SCENARIOS,
     names::SCENARIOS,
     faults::SCENARIOS,
     renumber::SCENARIOS,

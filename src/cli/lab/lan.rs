@@ -2,11 +2,12 @@
 
 use crate::linux::netns;
 use crate::network::{link, netlink::Socket};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::fs::File;
 use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 const BRIDGE: &str = "lan0";
 const FAR_BRIDGE: &str = "lan1";
@@ -131,6 +132,31 @@ impl Lan {
             link::add_address(&socket, index, new, 24)
         })
         .with_context(|| format!("renumber {old} to {new}"))
+    }
+
+    /// Moves a machine's cable to the LAN behind the router, or back; its address and its route with it.
+    pub fn move_machine(&self, netns: &Path, number: u8, is_far: bool) -> Result<Ipv4Addr> {
+        let (bridge, near, far) =
+            (if is_far { FAR_BRIDGE } else { BRIDGE }, self.address(number), self.far_address(number));
+        let (old, new) = if is_far { (near, far) } else { (far, near) };
+        netns::in_netns(&self.netns, move || {
+            let socket = Socket::route()?;
+            link::set_master(&socket, link::index_of(&port(number))?, link::index_of(bridge)?)
+        })
+        .with_context(|| format!("move the cable of machine {number}"))?;
+        self.renumber(netns, old, new)?;
+        self.add_default_route(netns, if is_far { self.far_address(254) } else { self.address(254) })?;
+        Ok(new)
+    }
+
+    /// Delays and loses what a machine sends, by netem.
+    pub fn spoil(&self, netns: &Path, how: &'static [&'static str]) -> Result<()> {
+        let outcome = netns::in_netns(netns, move || {
+            Command::new("tc").args(["qdisc", "replace", "dev", "eth0", "root", "netem"]).args(how).output()
+        })
+        .context("run tc; apt-get install iproute2")?;
+        ensure!(outcome.status.success(), "netem: {}", String::from_utf8_lossy(&outcome.stderr));
+        Ok(())
     }
 
     /// Another subnet for the clients' own namespace.
