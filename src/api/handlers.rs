@@ -7,7 +7,7 @@ use super::routes::{Match, Verb, decode};
 use super::serve::Caller;
 use super::view::{Live, View};
 use super::wire::*;
-use super::{exec, images, instances, internal, keys, network, ports};
+use super::{certificates, exec, images, instances, internal, keys, network, ports, secrets};
 use crate::model::*;
 use crate::state::{Command, Reply as StateReply, RequestMark, Role, State, TokenKind};
 use crate::transport::ids::AuthorityHash;
@@ -63,6 +63,14 @@ pub async fn handle(
         Verb::Addresses => network::addresses(backend).await,
         Verb::AddAddress => network::add_address(backend, request).await,
         Verb::RemoveAddress => network::remove_address(backend, &found.name, &request).await,
+        Verb::Secrets => secrets::list(backend).await,
+        Verb::PutSecret => secrets::put(backend, caller, &found.name, request).await,
+        Verb::RemoveSecret => secrets::remove(backend, &found.name, &request).await,
+        Verb::InternalSecret => secrets::hand_out(backend, caller, &found.name).await,
+        Verb::InternalCertificate => secrets::hand_out_key(backend, &found.name),
+        Verb::InternalChallenge => certificates::challenge(backend, &found.name),
+        Verb::InternalCheck => certificates::check_for_peer(backend, &found.name, request).await,
+        Verb::Authority => certificates::authority(backend).await,
         Verb::InternalPorts => ports::answer(backend, request).await,
         Verb::InternalNetwork => network::facts(backend).await,
         Verb::RecoverKey => keys::recover(backend, request).await,

@@ -178,8 +178,36 @@ pub async fn show(backend: &Arc<Backend>, app: Option<&str>) -> Result<Reply, Ap
         vip_range: format!("{vips}/16"),
         services,
         addresses: address_rows(state, &nodes),
+        certificates: certificates(backend, state, app.as_ref()),
         nodes,
     })
+}
+
+/// What this node's ingress shows for hosts, and why not.
+pub fn certificates(backend: &Backend, state: &State, app: Option<&AppName>) -> Vec<CertificateBody> {
+    let now = backend.replica.cluster_time().0 / 1000;
+    let is_wanted = |service: &str| {
+        app.is_none_or(|app| service.split_once('/').is_some_and(|(own, _)| own == app.as_str()))
+    };
+    let views = backend.agent.network_view().certificates.into_iter();
+    views
+        .filter(|view| is_wanted(&view.service))
+        .map(|view| {
+            let about = view.about.as_ref();
+            let has_ended = about.is_some_and(|about| about.not_after <= now);
+            // A renewal that fails is no problem of today's certificate, and will be.
+            let row = state.certificates.find(&view.host).filter(|_| !view.source.starts_with("secret"));
+            let trouble = row.and_then(|row| row.trouble.as_ref()).map(ToString::to_string);
+            CertificateBody {
+                names: about.map(|about| about.names.clone()).unwrap_or_default(),
+                not_after: about.map(|about| Timestamp(about.not_after.saturating_mul(1000)).to_string()),
+                problem: view.problem.or(trouble).or_else(|| has_ended.then(|| "it has ended".into())),
+                host: view.host,
+                service: view.service,
+                source: view.source,
+            }
+        })
+        .collect()
 }
 
 fn service_body(

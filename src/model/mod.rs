@@ -8,6 +8,7 @@ pub mod instance;
 pub mod limits;
 pub mod local_network;
 pub mod node;
+pub mod secret;
 pub mod settings;
 pub mod spec;
 pub mod time;
@@ -19,10 +20,11 @@ pub use ids::{
 pub use instance::{Desired, Exit, Instance, Observed, Phase};
 pub use local_network::LocalNetwork;
 pub use node::{Architecture, Condition, Node, NodeSize};
+pub use secret::{SecretName, SecretNameError};
 pub use settings::Settings;
 pub use spec::{
     AppSpec, Constraint, ConstraintSubject, DependencyCondition, HealthSpec, HealthTest, ImageSpec,
     MountSource, MountSpec, NetworkUse, PlacementSpec, PortSpec, Protocol, ResourceSpec, RestartPolicy,
-    ServiceSpec, VolumeSpec,
+    SecretUse, ServiceSpec, VolumeSpec,
 };
 pub use time::{Mono, Timestamp};

@@ -2,10 +2,11 @@
 
 use super::outgoing::{Carrier, Late, from_bytes};
 use super::{Awaiting, Config, Ended, founding, machine};
-use crate::agent::{Agent, AgentConfig, Artifacts, Ground, Ways, WaysKeeper, keep_leases};
+use crate::agent::{Agent, AgentConfig, Artifacts, Ground, Secrets, Ways, WaysKeeper, keep_leases};
 use crate::api::wire::{InitReply, JoinDone, TokenRequest};
 use crate::api::{
-    ApiError, Backend, Connection, Server, answer_join, confirm_cluster_key, create_token, peer,
+    ApiError, Backend, Connection, Server, answer_join, confirm_cluster_key, create_token, keep_certificates,
+    open_sealed, peer,
 };
 use crate::consensus::{Message, MessageType};
 use crate::control::{ControlConfig, Input};
@@ -103,6 +104,9 @@ pub(crate) async fn run(
         smol::unblock(move || {
             if let Err(error) = ground.runtime.erase() {
                 warn!(%error, "remove containers");
+            }
+            if let Err(error) = ground.secrets.erase() {
+                warn!(%error, "forget secrets");
             }
             if let Err(error) = ground.network.erase() {
                 warn!(%error, "take down the network");
@@ -238,6 +242,7 @@ impl<'a> Run<'a> {
         });
         let _ = self.late.backend.set(backend.clone());
         self.tasks.push(self.executor.spawn(confirm_cluster_key(backend.clone())));
+        self.tasks.push(self.executor.spawn(keep_certificates(backend.clone())));
         let server = Server::new(backend.clone());
         let _ = self.server.set(server.clone());
         self.tasks.push(self.executor.spawn(accept_local(
@@ -258,6 +263,13 @@ impl<'a> Run<'a> {
             replica: self.replica.handle().clone(),
         };
         self.tasks.push(self.executor.spawn(keeper.run()));
+        self.end_when_removed(leaving);
+        info!(node = %self.node, name = state.node_name(self.node), "node serves");
+        Ok(backend)
+    }
+
+    /// Once the API has taken the wish to leave.
+    fn end_when_removed(&mut self, leaving: async_channel::Receiver<()>) {
         let end = self.end.clone();
         let (leaving_replica, own, mut begin) = (self.replica.handle().clone(), self.node, Instant::now());
         self.tasks.push(self.executor.spawn(async move {
@@ -274,8 +286,6 @@ impl<'a> Run<'a> {
                 let _ = end.send(Ended::Removed).await;
             }
         }));
-        info!(node = %self.node, name = state.node_name(self.node), "node serves");
-        Ok(backend)
     }
 
     fn ground(&self, state: &State) -> Result<Ground> {
@@ -308,7 +318,10 @@ impl<'a> Run<'a> {
             Ok(reader)
         });
         let artifacts = Arc::new(Artifacts::new(self.node, runtime.clone(), data_dir.clone(), peers));
-        Ok(Ground { runtime, network, artifacts, data_dir, lease: Arc::default() })
+        let backend = self.late.backend.clone();
+        let open = Box::new(move |sealed: &_| open_sealed(backend.get(), sealed));
+        let secrets = Arc::new(Secrets::new(self.node, &self.config.run_dir(), open));
+        Ok(Ground { runtime, network, artifacts, data_dir, lease: Arc::default(), secrets })
     }
 
     /// Answers whoever asked for `init` or `join`.

@@ -7,6 +7,7 @@
 //! Invariant: nothing of a scenario outlives it; what does is a failure of that scenario (`leftovers`).
 
 mod cable;
+mod certificates;
 mod crashes;
 mod durability;
 mod encryption;
@@ -22,6 +23,7 @@ mod network;
 mod people;
 mod registry;
 mod renumber;
+mod secrets;
 mod stage;
 mod updates;
 mod watcher;
@@ -53,6 +55,8 @@ const SCENARIOS: &[&[Scenario]] = &[
     identity::SCENARIOS,
     people::SCENARIOS,
     registry::SCENARIOS,
+    secrets::SCENARIOS,
+    certificates::SCENARIOS,
     hostile::SCENARIOS,
     limits::SCENARIOS,
     local_names::SCENARIOS,
