@@ -104,6 +104,7 @@ impl Board {
         files.slot.push(("kernel.img".into(), kernel.image.clone()));
         files.slot.push(("initramfs.img".into(), kernel.initramfs.clone()));
         files.slot.push(("cmdline.txt".into(), kernel.command_line.clone()));
+        files.slot.push((tinydc::boot::BOARD_FILE.into(), kernel.board.clone()));
         for name in &self.device_trees {
             let path = packages.find(&format!("dtb/{name}"))?;
             let last = name.rsplit('/').next().unwrap_or(name);

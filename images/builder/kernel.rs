@@ -20,6 +20,8 @@ pub struct Kernel {
     pub image: PathBuf,
     pub initramfs: PathBuf,
     pub command_line: PathBuf,
+    /// The board's name, for the slot.
+    pub board: PathBuf,
     pub parts: Vec<Part>,
 }
 
@@ -38,6 +40,7 @@ pub fn prepare(board: &Board, packages: &Packages, binary: &Path, work: &Path) -
     archive.program("init", &program);
     let board_folder = BOARD_FOLDER.trim_start_matches('/');
     archive.file(&format!("{board_folder}/name"), board.title.as_bytes());
+    archive.file(&format!("{board_folder}/board"), board.name.as_bytes());
     archive.file(&format!("{board_folder}/modules"), board.load.join("\n").as_bytes());
     let mut module_bytes = 0;
     let below = format!("lib/modules/{}", packages.release);
@@ -59,6 +62,8 @@ pub fn prepare(board: &Board, packages: &Packages, binary: &Path, work: &Path) -
     let image = kernel_image(board, packages, work)?;
     let command_line = work.join("cmdline.txt");
     fs::write(&command_line, format!("{}\n", board.command_line)).context("write cmdline.txt")?;
+    let board_file = work.join("board.txt");
+    fs::write(&board_file, format!("{}\n", board.name)).context("write board.txt")?;
     let size = |path: &Path| fs::metadata(path).map_or(0, |file| file.len());
     let parts = vec![
         Part { name: "tinydc".into(), bytes: program.len() as u64 },
@@ -66,7 +71,7 @@ pub fn prepare(board: &Board, packages: &Packages, binary: &Path, work: &Path) -
         Part { name: "initramfs.img of both".into(), bytes: size(&initramfs) },
         Part { name: format!("kernel {}", packages.release), bytes: size(&image) },
     ];
-    Ok(Kernel { image, initramfs, command_line, parts })
+    Ok(Kernel { image, initramfs, command_line, board: board_file, parts })
 }
 
 /// When the source was last changed: the earliest time that a board can believe.

@@ -1,7 +1,7 @@
 //! The children of the first process: the daemon, the prompts, the one that asks for the time.
 //!
 //! Input: starts, ends, time. Output: processes, started again with backoff. What the daemon prints is kept in memory,
-//! bounded, and shown on the console where the kernel's command line says `tinydc.log`.
+//! bounded, and goes to a terminal of its own where the kernel's command line names one: `tinydc.log=ttyS1`.
 
 use super::backoff::Backoff;
 use anyhow::{Context, Result};
@@ -120,6 +120,13 @@ impl Output {
         }
         lines
     }
+}
+
+/// The terminal that a word of the kernel's command line names.
+pub fn open_log_terminal(word: &str) -> Option<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let path = Path::new("/dev").join(word.strip_prefix("tinydc.log=")?);
+    File::options().write(true).custom_flags(libc::O_NOCTTY | libc::O_NONBLOCK).open(path).ok()
 }
 
 /// The last lines of the daemon, in memory: two files, of which the older is dropped when the newer is full.

@@ -52,11 +52,23 @@ impl Drivers {
     fn load_one(&self, name: &str) -> Result<()> {
         let Some(file) = self.catalogue.file(name) else { return Ok(()) };
         let path = self.folder.join(file);
+        // Loaded by another process of this program, whose memory is not this one's.
+        if Path::new("/sys/module").join(name).exists() {
+            return Ok(());
+        }
         let module = File::open(&path).with_context(|| format!("open module {name}"))?;
         machine::load_module(&module, c"").with_context(|| format!("load module {name}"))?;
         // Only memory is lost if it stays.
         let _ = fs::remove_file(&path);
         Ok(())
+    }
+
+    /// A module by its name or by an alias, such as the kernel asks for when a feature is first used.
+    pub fn load_for(&mut self, wanted: &str) {
+        let mut names: Vec<String> = self.catalogue.for_alias(wanted).into_iter().map(String::from).collect();
+        names.push(wanted.into());
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        self.load(&names);
     }
 
     /// Loads drivers for all devices, until no driver reveals another device.

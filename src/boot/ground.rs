@@ -30,8 +30,10 @@ const PLACES: [Place; 8] = [
     place("cgroup2", "/sys/fs/cgroup", "nsdelegate"),
 ];
 
-/// A board that is stuck starts anew by itself, and an oops counts as stuck.
-const SETTINGS: [(&str, &str); 4] = [
+/// A board that is stuck starts anew by itself, and an oops counts as stuck. A feature that is used for the first time
+/// may need a module: the kernel asks this program for it (`boot::helper`).
+const SETTINGS: [(&str, &str); 5] = [
+    ("kernel/modprobe", super::INIT),
     ("kernel/panic", "10"),
     ("kernel/panic_on_oops", "1"),
     ("kernel/softlockup_panic", "1"),

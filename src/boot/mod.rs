@@ -16,6 +16,7 @@ mod console;
 mod devices;
 mod dhcp;
 mod disks;
+mod flash;
 mod ground;
 pub mod modules;
 mod network;
@@ -25,12 +26,15 @@ mod phases;
 mod report;
 pub mod settings;
 mod shutdown;
+mod slots;
 mod sntp;
 mod supervisor;
+mod trial;
 mod watchdog;
 
 pub use card::LABEL as CARD_LABEL;
 pub use child::LOG_FILE;
+pub use flash::{BOARD_FILE, flash};
 pub use phases::{BOARD_FOLDER, DATA_LABEL_CARD, DATA_LABEL_DISK};
 pub use report::FILE as REPORT_FILE;
 
@@ -54,13 +58,27 @@ pub fn main() -> ! {
 /// The words with which the first process starts its helper for the time.
 const CLOCK_WORD: &str = "boot-clock";
 
-/// Runs a helper of the first process, if these are its words: `boot-clock DATA_DIR [SERVER…]`.
+/// Runs a helper of the first process, if these are its words: `boot-clock DATA_DIR [SERVER…]`, or the kernel's
+/// `-q -- MODULE`.
 pub fn helper(args: &[OsString]) -> Option<ExitCode> {
-    let mut words = args.iter().map(|word| word.to_string_lossy().into_owned());
-    if words.next()? != CLOCK_WORD {
-        return None;
+    let words: Vec<String> = args.iter().map(|word| word.to_string_lossy().into_owned()).collect();
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
+    match words[..] {
+        [CLOCK_WORD, data_dir, ..] => {
+            let servers: Vec<String> = words[2..].iter().map(|word| word.to_string()).collect();
+            Some(clock::ask(std::path::Path::new(data_dir), &servers))
+        }
+        ["-q", "--", module] => Some(load_module(module)),
+        _ => None,
     }
-    let data_dir = words.next()?;
-    let servers: Vec<String> = words.collect();
-    Some(clock::ask(std::path::Path::new(&data_dir), &servers))
+}
+
+fn load_module(name: &str) -> ExitCode {
+    match devices::Drivers::read() {
+        Ok(mut drivers) => {
+            drivers.load_for(name);
+            ExitCode::SUCCESS
+        }
+        Err(_) => ExitCode::FAILURE,
+    }
 }

@@ -27,6 +27,8 @@ pub struct NodeWatch {
     asked: Option<(UnixStream, u64, Vec<u8>)>,
     next_ms: u64,
     pub answered_ms: Option<u64>,
+    /// Since when every question was answered.
+    pub well_since_ms: Option<u64>,
     pub standing: Option<Standing>,
 }
 
@@ -43,13 +45,14 @@ fn standing_of(answer: &[u8]) -> Option<Standing> {
 
 impl NodeWatch {
     pub fn new(socket: PathBuf) -> NodeWatch {
-        NodeWatch { socket, asked: None, next_ms: 0, answered_ms: None, standing: None }
+        NodeWatch { socket, asked: None, next_ms: 0, answered_ms: None, well_since_ms: None, standing: None }
     }
 
     /// A new daemon has to show anew that it lives; what the old one was asked is forgotten.
     pub fn forget(&mut self, now_ms: u64) {
         self.asked = None;
         self.standing = None;
+        self.well_since_ms = None;
         self.next_ms = now_ms;
     }
 
@@ -85,6 +88,7 @@ impl NodeWatch {
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
                 if now_ms >= *since + ANSWER_LIMIT_MS {
                     self.asked = None;
+                    self.well_since_ms = None;
                 }
                 return;
             }
@@ -92,6 +96,9 @@ impl NodeWatch {
         }
         if let Some(standing) = standing_of(answer) {
             (self.standing, self.answered_ms) = (Some(standing), Some(now_ms));
+            self.well_since_ms.get_or_insert(now_ms);
+        } else {
+            self.well_since_ms = None;
         }
         self.asked = None;
     }

@@ -118,10 +118,6 @@ impl Board {
         self.console.say(&format!("problem: {problem}"));
         self.report.add_problem(problem);
     }
-
-    pub fn has_word(&self, word: &str) -> bool {
-        self.words.iter().any(|one| one == word)
-    }
 }
 
 fn mounts(board: &mut Board) -> Result<String> {

@@ -9,6 +9,8 @@ use super::clock;
 use super::node_watch::{NodeWatch, Standing};
 use super::phases::{Board, DATA_DIR};
 use super::shutdown;
+use super::slots::Verdict;
+use super::trial::Trial;
 use crate::linux::clock::{boot_ms, is_synchronised};
 use crate::linux::machine::{self, Ending};
 use anyhow::{Context, Result};
@@ -17,6 +19,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use std::fs::File;
+use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -35,6 +38,8 @@ const SOCKET: &str = "/run/tinydc/api.sock";
 const TURN_MS_MAX: u64 = 5_000;
 /// A daemon that has not answered for this long is a problem that is told.
 const SILENCE_MS: u64 = 20_000;
+/// Prompts come when the daemon answers, or without it after this.
+const PROMPTS_AFTER_MS: u64 = 8_000;
 /// Tried again after this, when the card could not be written.
 const WIPE_AGAIN_MS: u64 = 60_000;
 
@@ -51,6 +56,8 @@ pub struct Supervisor {
     wipe_at_ms: u64,
     is_ready_told: bool,
     began_ms: u64,
+    trial: Option<Trial>,
+    log_terminal: Option<File>,
 }
 
 impl Supervisor {
@@ -65,6 +72,8 @@ impl Supervisor {
         let signals = SignalFd::with_flags(&mask, flags).expect("a kernel with signal descriptors");
         let output = Output::open().expect("a pipe, of which this process has hardly any");
         let has_prompts = board.settings.has_console;
+        let trial = Trial::of(&board);
+        let log_terminal = board.words.iter().find_map(|word| child::open_log_terminal(word));
         let paths = if has_prompts { board.console.paths() } else { Vec::new() };
         Supervisor {
             prompts: paths.into_iter().map(|path| (path, Kept::new())).collect(),
@@ -78,6 +87,8 @@ impl Supervisor {
             time_wait: clock::RETRY_MIN,
             wipe_at_ms: 0,
             is_ready_told: false,
+            trial,
+            log_terminal,
             began_ms: boot_ms(),
         }
     }
@@ -86,6 +97,10 @@ impl Supervisor {
         loop {
             self.turn();
             self.wait();
+            if self.is_trial_lost() {
+                self.board.console.say("this slot's daemon did not answer in time: back to the other slot");
+                shutdown::end(self, Ending::Restart);
+            }
             if let Some(ending) = self.hear_signals() {
                 shutdown::end(self, ending);
             }
@@ -101,6 +116,7 @@ impl Supervisor {
         let now = boot_ms();
         self.hear_devices(now);
         self.hear_network(now);
+        self.tell();
         self.keep_children(now);
         self.watch.step(now);
         self.judge(now);
@@ -110,7 +126,26 @@ impl Supervisor {
         self.keep_time(now);
         self.wipe_token(now);
         self.board.report.answer();
-        self.tell();
+    }
+
+    /// A slot on trial is kept once its daemon is steady, and left when its window ends.
+    fn is_trial_lost(&mut self) -> bool {
+        let now = boot_ms();
+        let well = self.watch.well_since_ms.map(|since| now - since);
+        let Some(trial) = &mut self.trial else { return false };
+        match trial.judge(now - self.began_ms, well) {
+            Verdict::Wait => false,
+            Verdict::GoBack => true,
+            Verdict::Keep => {
+                let kept = trial.keep();
+                self.trial = None;
+                match kept {
+                    Ok(number) => self.board.console.say(&format!("slot {number} is well and is kept")),
+                    Err(error) => self.board.complain(&format!("keep this slot: {error:#}")),
+                }
+                false
+            }
+        }
     }
 
     fn wait(&self) {
@@ -225,6 +260,10 @@ impl Supervisor {
                 self.board.complain(&format!("start the daemon: {error:#}"));
             }
         }
+        // A prompt that comes with the daemon shows at once what the board is.
+        if self.watch.standing.is_none() && now < self.began_ms + PROMPTS_AFTER_MS {
+            return;
+        }
         for index in 0..self.prompts.len() {
             if self.prompts[index].1.is_due(now) {
                 let outcome = start_prompt(&self.prompts[index].0);
@@ -240,11 +279,11 @@ impl Supervisor {
     }
 
     pub fn take_output(&mut self) {
-        let is_shown = self.board.has_word("tinydc.log");
         for line in self.output.take_lines() {
             child::log(&line);
-            if is_shown || line.starts_with("clock: ") {
-                self.board.console.say(&line);
+            if let Some(terminal) = &mut self.log_terminal {
+                // A serial line whose other end is gone takes nothing.
+                let _ = terminal.write_all(format!("{line}\r\n").as_bytes());
             }
         }
     }
