@@ -5,6 +5,7 @@
 
 use super::artifacts::{Artifacts, FetchArtifactError};
 use super::lease::Lease;
+use super::secrets::{SecretError, Secrets};
 use crate::model::*;
 use crate::network::{Network, NetworkError};
 use crate::runtime::{
@@ -54,6 +55,8 @@ pub enum LaunchError {
     Create(#[source] ContainerError),
     #[error("start the container")]
     Start(#[source] ContainerError),
+    #[error(transparent)]
+    Secret(#[from] SecretError),
     #[error("the instance has no address yet")]
     NoAddress,
     #[error("the state no longer knows the instance")]
@@ -72,6 +75,7 @@ pub struct Ground {
     pub artifacts: Arc<Artifacts>,
     pub data_dir: PathBuf,
     pub lease: Arc<Lease>,
+    pub secrets: Arc<Secrets>,
 }
 
 /// The container's name on its node.
@@ -120,7 +124,9 @@ impl Ground {
                 return Err(LaunchError::DiskFull(why));
             }
             progress("starting".into());
-            let lease = match service.spec_of(instance.spec_version).is_exclusive {
+            let spec = service.spec_of(instance.spec_version);
+            self.secrets.place(state, container.as_str(), &spec.secrets)?;
+            let lease = match spec.is_exclusive {
                 true => Some(self.lease.for_start().ok_or(LaunchError::NoLease)?),
                 false => None,
             };
@@ -193,6 +199,14 @@ impl Ground {
         for mount in &spec.mounts {
             self.add_mount(state, service, mount, &mut container, progress)?;
         }
+        for (number, used) in spec.secrets.iter().enumerate() {
+            container.binds.push(Bind {
+                source: self.secrets.path(container.id.as_str(), number),
+                destination: used.target.clone(),
+                access: Access::ReadOnly,
+                seed: Seed::Never,
+            });
+        }
         Ok(container)
     }
 
@@ -257,6 +271,7 @@ impl Ground {
     pub fn forget_copies(&self, container: &ContainerId) {
         // Most containers have none.
         let _ = fs::remove_dir_all(self.copies_dir(container));
+        self.secrets.forget(container.as_str());
     }
 
     /// The volume's folder; made and seeded when it is missing, never touched when it is there.

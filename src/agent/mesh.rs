@@ -4,6 +4,7 @@
 //! Input: the state, hints of peers, what the agent knows of its containers. Output: the kernel's table, connections
 //! reset, and this node's own hints. Nothing of it waits for a leader or a disk.
 
+use super::certificates::{CertificateView, Certificates};
 use super::hints::SILENT_AFTER;
 use super::reconcile::{Local, Presence};
 use super::wiring::{self, View, Wiring};
@@ -35,8 +36,9 @@ const REPEAT_EMPTY_FOR: Duration = Duration::from_secs(3);
 const REPEAT_ALWAYS: Duration = Duration::from_secs(5);
 /// This loop came round so late that the process was paused: what was not heard says nothing.
 const LATE: Duration = Duration::from_millis(1_000);
-/// Without a change the kernel's table is looked after this often: somebody may have flushed it.
+/// Without a change the kernel's table is looked after this often, and at once when it is announced to be gone.
 const RENEW_EVERY: Duration = Duration::from_secs(30);
+const RETRY_EVERY: Duration = Duration::from_secs(1);
 const NAME_PORT: u16 = 53;
 /// A name server whose port is taken is tried again.
 const NAMES_AGAIN: Duration = Duration::from_secs(10);
@@ -55,6 +57,10 @@ pub struct NetworkView {
     pub names_problem: Option<String>,
     /// Why HTTP routes are not served here.
     pub ingress_problem: Option<String>,
+    /// What the ingress shows for each host that is to have a certificate.
+    pub certificates: Vec<CertificateView>,
+    /// Tokens of challenges for which the ingress answers.
+    pub challenges: BTreeSet<String>,
 }
 
 pub struct Mesh {
@@ -143,19 +149,23 @@ impl Mesh {
         let is_same = last.inputs.as_ref().is_some_and(|(old_state, old_down, old_silent)| {
             Arc::ptr_eq(old_state, &state) && *old_down == down && *old_silent == silent
         });
-        let is_due = last.applied_at.is_none_or(|at| now.duration_since(at) >= RENEW_EVERY);
-        if is_same && !is_due && !names.is_new() {
+        let before = self.shared.network_view();
+        let every = if before.error.is_some() { RETRY_EVERY } else { RENEW_EVERY };
+        let is_due = last.applied_at.is_none_or(|at| now.duration_since(at) >= every)
+            || self.shared.ground.network.was_table_deleted();
+        if is_same && !is_due && !names.is_new() && !entry.certificates.has_news(now) {
             return;
         }
         let view = View { state: &state, own: self.node, down: &down, silent: &silent };
         let wiring = wiring::plan(&view);
         names.tell(&view, self.shared.ground.network.bridge_address());
-        entry.follow(self, &view);
-        let before = self.shared.network_view();
+        entry.follow(self, &view, now);
         if before.wiring != wiring || before.error.is_some() || is_due {
             entry.relay.set(&relayed(&wiring));
             let is_first = last.applied_at.is_none();
             self.apply(before, wiring, is_first).await;
+            // Making the table anew deletes it first.
+            self.shared.ground.network.was_table_deleted();
             last.applied_at = Some(now);
         }
         last.inputs = Some((state, down, silent));
@@ -259,30 +269,51 @@ impl NameServer {
 struct Entry {
     relay: Relay,
     ingress: Option<Ingress>,
-    told: Option<(u16, u16, Vec<Route>)>,
+    certificates: Certificates,
+    told: Option<Told>,
+}
+
+/// What the ingress was told last.
+#[derive(PartialEq)]
+struct Told {
+    ports: (u16, u16),
+    routes: Vec<Route>,
+    certificates: Vec<CertificateView>,
+    challenges: BTreeSet<String>,
 }
 
 impl Entry {
     fn new(mesh: &Mesh) -> Entry {
         let ingress = Ingress::start(IngressConfig::default(), &mesh.executor);
         let ingress = ingress.inspect_err(|error| warn!(error = chain(error), "start the HTTP ingress"));
-        Entry { relay: Relay::new(&mesh.executor), ingress: ingress.ok(), told: None }
+        let certificates = Certificates::new(mesh.shared.ground.secrets.clone(), mesh.executor.clone());
+        Entry { relay: Relay::new(&mesh.executor), ingress: ingress.ok(), certificates, told: None }
     }
 
     /// Tried again, with every look at the network, until its ports are to be had.
-    fn follow(&mut self, mesh: &Mesh, view: &View<'_>) {
+    fn follow(&mut self, mesh: &Mesh, view: &View<'_>, now: Instant) {
         let Some(ingress) = &self.ingress else { return };
-        let table = routes::table(view);
-        let wanted = (table.http_port, table.https_port, table.routes.clone());
+        let mut table = routes::table(view);
+        let shared = mesh.shared.clone();
+        let (certificates, views) = self.certificates.follow(view.state, now, move || shared.hints.wake());
+        table.certificates = certificates;
+        let wanted = Told {
+            ports: (table.http_port, table.https_port),
+            routes: table.routes.clone(),
+            certificates: views,
+            challenges: table.challenges.keys().cloned().collect(),
+        };
         if self.told.as_ref() == Some(&wanted) {
             return;
         }
         match ingress.set_routes(table) {
             Ok(()) => {
+                mesh.shared.set_shown(wanted.certificates.clone(), wanted.challenges.clone());
                 self.told = Some(wanted);
                 mesh.shared.set_ingress_problem(None);
             }
             Err(error) => {
+                mesh.shared.set_shown(wanted.certificates, BTreeSet::new());
                 let text = chain(&error);
                 if mesh.shared.set_ingress_problem(Some(text.clone())) {
                     warn!(error = text, "HTTP routes");
@@ -344,11 +375,19 @@ impl Shared {
         is_news
     }
 
+    fn set_shown(&self, certificates: Vec<CertificateView>, challenges: BTreeSet<String>) {
+        let mut view = self.network_view.lock().unwrap_or_else(PoisonError::into_inner);
+        view.certificates = certificates;
+        view.challenges = challenges;
+    }
+
     fn set_network_view(&self, view: NetworkView) {
         let mut place = self.network_view.lock().unwrap_or_else(PoisonError::into_inner);
         *place = NetworkView {
             names_problem: place.names_problem.take(),
             ingress_problem: place.ingress_problem.take(),
+            certificates: std::mem::take(&mut place.certificates),
+            challenges: std::mem::take(&mut place.challenges),
             ..view
         };
     }

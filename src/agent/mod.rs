@@ -8,6 +8,7 @@
 
 mod addresses;
 pub mod artifacts;
+mod certificates;
 mod disk;
 mod health;
 mod hints;
@@ -20,13 +21,18 @@ mod reconcile;
 mod report;
 mod restart;
 mod routes;
+mod secrets;
+mod ways;
 pub mod wiring;
 mod worker;
 
 pub use addresses::HeldAddresses;
 pub use artifacts::{Artifacts, FetchArtifactError};
+pub use certificates::CertificateView;
 pub use launch::{Ground, LaunchError, container_id};
 pub use lease::{Lease, keep_leases};
 pub use mesh::{Broadcast, NetworkView};
 pub use reconcile::{Local, Presence};
+pub use secrets::{Open, Opened, Sealed, SecretError, Secrets};
+pub use ways::{Ways, WaysKeeper, WaysView};
 pub use worker::{Agent, AgentConfig, LiveInstance, Signal, chain};

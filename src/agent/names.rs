@@ -11,12 +11,15 @@ use std::net::Ipv4Addr;
 
 pub fn table(view: &View<'_>, bridge: Ipv4Addr) -> ZoneTable {
     let placed = wiring::placed(view);
+    let internal = wiring::internal_networks(view.state);
     let clients = placed
         .iter()
         .filter(|one| one.instance.node == Some(view.own))
         .map(|one| {
             let app = one.service.app.to_string();
-            (one.address, Client { app, networks: wiring::networks(&one.service.app, one.spec) })
+            let networks = wiring::networks(&one.service.app, one.spec);
+            let is_inner = wiring::is_inner(&networks, &internal);
+            (one.address, Client { app, networks, is_inner })
         })
         .collect();
     let services = view

@@ -40,6 +40,9 @@ pub fn table(view: &View<'_>) -> Routes {
         http_port: settings.ingress_http_port,
         https_port: settings.ingress_https_port,
         routes,
+        challenges: (view.state.challenges.iter())
+            .map(|(token, row)| (token.clone(), row.answer.clone()))
+            .collect(),
         ..Routes::default()
     }
 }

@@ -145,7 +145,7 @@ pub fn networks(app: &AppName, spec: &ServiceSpec) -> BTreeSet<String> {
 }
 
 /// Networks that some app declares to have no way out.
-fn internal_networks(state: &State) -> BTreeSet<&str> {
+pub(super) fn internal_networks(state: &State) -> BTreeSet<&str> {
     state
         .services
         .rows()
@@ -155,6 +155,11 @@ fn internal_networks(state: &State) -> BTreeSet<&str> {
         .collect()
 }
 
+/// Whether who is only in these has no way out.
+pub(super) fn is_inner(networks: &BTreeSet<String>, internal: &BTreeSet<&str>) -> bool {
+    networks.iter().all(|network| internal.contains(network.as_str()))
+}
+
 /// Containers of the same networks are one class; a class reaches whoever shares a network with it.
 fn isolate(state: &State, placed: &[Placed<'_>], wanted: &mut Wanted) {
     let internal = internal_networks(state);
@@ -162,7 +167,7 @@ fn isolate(state: &State, placed: &[Placed<'_>], wanted: &mut Wanted) {
     let mut members: BTreeMap<String, BTreeSet<Ipv4Addr>> = BTreeMap::new();
     for one in placed {
         let own = networks(&one.service.app, one.spec);
-        if own.iter().all(|network| internal.contains(network.as_str())) {
+        if is_inner(&own, &internal) {
             wanted.inner.insert(one.address);
         }
         own.iter().for_each(|network| {

@@ -190,6 +190,11 @@ impl Agent {
         self.shared.hints.hear(from, hint, Instant::now());
     }
 
+    /// Whether this node's ingress answers an authority for this token.
+    pub fn answers_challenge(&self, token: &str) -> bool {
+        self.shared.network_view().challenges.contains(token)
+    }
+
     /// The network of this node as it was last made.
     pub fn network_view(&self) -> NetworkView {
         self.shared.network_view()

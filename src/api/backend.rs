@@ -3,7 +3,7 @@
 use super::error::ApiError;
 use super::peer;
 use super::wire::Freshness;
-use crate::agent::{Agent, Ground};
+use crate::agent::{Agent, Ground, Ways};
 use crate::control::{Status, Undone};
 use crate::model::*;
 use crate::replica::Handle;
@@ -29,6 +29,7 @@ pub struct Backend {
     pub transport: Transport,
     pub agent: Arc<Agent>,
     pub ground: Ground,
+    pub ways: Arc<Ways>,
     pub executor: Arc<Executor<'static>>,
     pub identity: Mutex<Identity>,
     /// Written when this node is to leave its cluster: the node layer takes it from there.

@@ -7,7 +7,7 @@ use super::routes::{Match, Verb, decode};
 use super::serve::Caller;
 use super::view::{Live, View};
 use super::wire::*;
-use super::{exec, images, instances, internal, keys, network, ports};
+use super::{certificates, exec, images, instances, internal, keys, network, ports, secrets};
 use crate::model::*;
 use crate::state::{Command, Reply as StateReply, RequestMark, Role, State, TokenKind};
 use crate::transport::ids::AuthorityHash;
@@ -63,6 +63,14 @@ pub async fn handle(
         Verb::Addresses => network::addresses(backend).await,
         Verb::AddAddress => network::add_address(backend, request).await,
         Verb::RemoveAddress => network::remove_address(backend, &found.name, &request).await,
+        Verb::Secrets => secrets::list(backend).await,
+        Verb::PutSecret => secrets::put(backend, caller, &found.name, request).await,
+        Verb::RemoveSecret => secrets::remove(backend, &found.name, &request).await,
+        Verb::InternalSecret => secrets::hand_out(backend, caller, &found.name).await,
+        Verb::InternalCertificate => secrets::hand_out_key(backend, &found.name),
+        Verb::InternalChallenge => certificates::challenge(backend, &found.name),
+        Verb::InternalCheck => certificates::check_for_peer(backend, &found.name, request).await,
+        Verb::Authority => certificates::authority(backend).await,
         Verb::InternalPorts => ports::answer(backend, request).await,
         Verb::InternalNetwork => network::facts(backend).await,
         Verb::RecoverKey => keys::recover(backend, request).await,
@@ -377,6 +385,16 @@ pub async fn create_token(
     Ok(TokenReply { id: id.to_string(), token, expires_at: expires_at.to_string(), line })
 }
 
+/// Encryption is for all nodes or for none: one that can't would lose touch with the others' containers.
+fn refuse_if_some_cannot_encrypt(backend: &Backend) -> Result<(), ApiError> {
+    let obstacles = backend.ways.obstacles(backend.node);
+    let Some((node, reason)) = obstacles.first_key_value() else { return Ok(()) };
+    let name = backend.replica.state().node_name(*node);
+    Err(ApiError::rejected(format!("{name} can't encrypt: {reason}")).hint(
+        "load the module there (modprobe wireguard, or modprobe tun), restart tinydc on it, and set it again",
+    ))
+}
+
 async fn settings(
     backend: &Arc<Backend>,
     found: Match,
@@ -385,6 +403,9 @@ async fn settings(
     if found.verb == Verb::ChangeSetting {
         let (head, content) = request.into_parts();
         let wish: SettingValue = body::parse(content).await?;
+        if found.name == "encrypt" && wish.value == "true" {
+            refuse_if_some_cannot_encrypt(backend)?;
+        }
         let command = Command::ChangeSetting { key: found.name, value: wish.value };
         backend.submit(mark_of(&head.headers, &command)?, command).await?;
         return body::done();

@@ -185,8 +185,9 @@ pub async fn deploy(
     let spec = wish.spec.clone();
     let command = Command::DeployApp { spec: Box::new(wish.spec), artifacts };
     // What the cluster itself would refuse comes first: it says more than that a port is taken.
-    let would_be = dry_run(&state, name, command.clone(), images.clone())?;
+    let would_be = dry_run(&state, name, command.clone(), images.clone(), wish.is_dry_run)?;
     super::ports::check(backend, &state, &spec).await?;
+    super::certificates::check_given(backend, &state, &spec).await?;
     if wish.is_dry_run {
         return body::ok(&would_be);
     }
@@ -202,8 +203,13 @@ fn dry_run(
     name: &str,
     command: Command,
     images: BTreeMap<String, Digest>,
+    is_all: bool,
 ) -> Result<DeployReply, ApiError> {
     let mut copy = state.clone();
+    if is_all && let Command::DeployApp { spec, .. } = &command {
+        // What a deploy would bring is not brought for a dry run.
+        spec.secrets.iter().for_each(|name| copy.expect_secret(name));
+    }
     let envelope = crate::state::Envelope {
         stamp: state.time(),
         origin: crate::state::Origin::default(),

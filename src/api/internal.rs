@@ -23,6 +23,7 @@ use hyper::body::Incoming;
 use hyper::{Method, Request};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -159,6 +160,11 @@ async fn admit(backend: &Arc<Backend>, asked: JoinRequest, is_passed_on: bool) -
     if let Err(reply) = check_token(&state, &asked) {
         return reply;
     }
+    if let JoinSubject::Node(facts) = &asked.subject
+        && let Some(reply) = check_ranges(&state, facts)
+    {
+        return reply;
+    }
     if backend.identity().cluster_key.is_none() {
         return match is_passed_on {
             true => {
@@ -220,6 +226,31 @@ fn check_token(state: &State, asked: &JoinRequest) -> Result<(), JoinReply> {
             Err(refused(RefusalCode::TokenUnknown, "this token is for a laptop", "for a node: tinydc token"))
         }
     }
+}
+
+/// A machine with a network inside the cluster's ranges could not reach both.
+fn check_ranges(state: &State, facts: &NodeFacts) -> Option<JoinReply> {
+    let cluster = state.cluster()?;
+    let ranges = [(cluster.container_range, "containers"), (cluster.vip_range, "services")];
+    let (range, what, network) = ranges.into_iter().find_map(|(range, what)| {
+        let network = facts.networks.iter().find(|network| network.overlaps(range))?;
+        Some((range, what, network))
+    })?;
+    let sentence =
+        format!("{} has the network {network}, which overlaps the range of {what}, {range}/16", facts.name);
+    let others = ranges.map(|(range, _)| range);
+    let is_free = |range: &Ipv4Addr| {
+        !others.contains(range) && !facts.networks.iter().any(|network| network.overlaps(*range))
+    };
+    let free = (64..=254u8).map(|second| Ipv4Addr::new(10, second, 0, 0)).find(is_free);
+    let hint = match free {
+        Some(free) => format!(
+            "give that network another range, or found the cluster with one that is free there: tinydc init --{} {free}/16",
+            if what == "containers" { "container-range" } else { "vip-range" }
+        ),
+        None => "give that network another range".into(),
+    };
+    Some(refused(RefusalCode::Other, sentence, hint))
 }
 
 async fn pass_on(backend: &Arc<Backend>, asked: &JoinRequest) -> JoinReply {

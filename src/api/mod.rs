@@ -6,6 +6,7 @@
 
 pub mod backend;
 mod body;
+mod certificates;
 mod error;
 mod exec;
 mod handlers;
@@ -18,16 +19,19 @@ mod network_check;
 pub mod peer;
 mod ports;
 mod routes;
+mod secrets;
 mod serve;
 mod unjoined;
 mod view;
 pub mod wire;
 
 pub use backend::Backend;
+pub use certificates::keep_certificates;
 pub use error::ApiError;
 pub use handlers::create_token;
 pub use internal::{CA_KEY_PURPOSE, answer_join};
 pub use keys::{confirm_cluster_key, offer_cluster_key, withdraw_cluster_key};
 pub use routes::{ROUTES, Route};
+pub use secrets::open_sealed;
 pub use serve::{Caller, Connection, Server};
 pub use unjoined::{UnjoinedRequest, serve_unjoined};

@@ -10,8 +10,9 @@ use super::handlers::{app_name, lan_addresses, mark_of};
 use super::network_check;
 use super::peer;
 use super::wire::*;
-use crate::agent::wiring;
+use crate::agent::{HeldAddresses, NetworkView, WaysView, wiring};
 use crate::model::*;
+use crate::network::overlay::Way;
 use crate::network::{arp, foreign, lan};
 use crate::state::{Command, Service, State};
 use bytes::Bytes;
@@ -36,13 +37,51 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
         let obstacles =
             ranges.map(|(containers, vips)| foreign::obstacles(containers, vips)).unwrap_or_default();
         let connections = network.connection_counts().unwrap_or_default();
-        (connections, obstacles, network.ways(), lan::interfaces().unwrap_or_default())
+        let ways: Vec<(u8, Way, &'static str)> = network
+            .ways()
+            .into_iter()
+            .map(|(number, way)| {
+                let kind = match way {
+                    Way::Sealed { slot, .. } => network.tunnel_kind(slot),
+                    Way::Direct { .. } | Way::Tunnel { .. } => None,
+                };
+                (number, way, kind.unwrap_or(way.name()))
+            })
+            .collect();
+        (connections, obstacles, ways, lan::interfaces().unwrap_or_default())
     })
     .await;
     let name_of = |number: &u8| {
         let node = state.nodes.rows().find(|node| node.number == *number);
         node.map_or_else(|| format!("node {number}"), |node| node.name.clone())
     };
+    let problems = problems_of(&state, obstacles, view, backend.ways.view(), &held);
+    NodeNetworkBody {
+        node: state.node_name(backend.node),
+        bridge: backend.ground.network.bridge_address().to_string(),
+        lans: lans.iter().map(|lan| format!("{}/{} {}", lan.address, lan.prefix_length, lan.name)).collect(),
+        ways: ways
+            .iter()
+            .map(|(number, way, kind)| WayBody {
+                node: name_of(number),
+                kind: (*kind).into(),
+                address: way.address().to_string(),
+            })
+            .collect(),
+        connections: connections.into_iter().map(|(address, count)| (address.to_string(), count)).collect(),
+        floating: held.held.iter().map(ToString::to_string).collect(),
+        problems,
+    }
+}
+
+/// What keeps the network of this node from being as it should, each with its cure.
+fn problems_of(
+    state: &State,
+    obstacles: Vec<foreign::Obstacle>,
+    view: NetworkView,
+    ways: WaysView,
+    held: &HeldAddresses,
+) -> Vec<NetworkProblemBody> {
     let mut problems: Vec<NetworkProblemBody> = obstacles
         .into_iter()
         .map(|obstacle| NetworkProblemBody { text: obstacle.text, remedy: Some(obstacle.remedy) })
@@ -60,6 +99,17 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
             ),
         }
     }));
+    problems.extend(ways.problem.map(|text| NetworkProblemBody {
+        text: format!("traffic to other nodes can't be encrypted: {text}"),
+        remedy: Some("modprobe wireguard, or modprobe tun; it is tried again every 10 s".into()),
+    }));
+    if !ways.waits_for.is_empty() {
+        let names: Vec<String> = ways.waits_for.iter().map(|node| state.node_name(*node)).collect();
+        problems.push(NetworkProblemBody {
+            text: format!("the change of `encrypt`, or of keys, waits for {}", names.join(", ")),
+            remedy: None,
+        });
+    }
     problems.extend(view.error.map(|text| NetworkProblemBody { text, remedy: None }));
     problems.extend(view.taken.iter().map(|taken| NetworkProblemBody {
         text: format!(
@@ -74,22 +124,7 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
         text: format!("{address} is answered by another machine, {by}"),
         remedy: Some("switch that machine off or give it another address".into()),
     }));
-    NodeNetworkBody {
-        node: state.node_name(backend.node),
-        bridge: backend.ground.network.bridge_address().to_string(),
-        lans: lans.iter().map(|lan| format!("{}/{} {}", lan.address, lan.prefix_length, lan.name)).collect(),
-        ways: ways
-            .iter()
-            .map(|(number, way)| WayBody {
-                node: name_of(number),
-                kind: way.name().into(),
-                address: way.address().to_string(),
-            })
-            .collect(),
-        connections: connections.into_iter().map(|(address, count)| (address.to_string(), count)).collect(),
-        floating: held.held.iter().map(ToString::to_string).collect(),
-        problems,
-    }
+    problems
 }
 
 /// `GET /internal/network`.
@@ -143,8 +178,36 @@ pub async fn show(backend: &Arc<Backend>, app: Option<&str>) -> Result<Reply, Ap
         vip_range: format!("{vips}/16"),
         services,
         addresses: address_rows(state, &nodes),
+        certificates: certificates(backend, state, app.as_ref()),
         nodes,
     })
+}
+
+/// What this node's ingress shows for hosts, and why not.
+pub fn certificates(backend: &Backend, state: &State, app: Option<&AppName>) -> Vec<CertificateBody> {
+    let now = backend.replica.cluster_time().0 / 1000;
+    let is_wanted = |service: &str| {
+        app.is_none_or(|app| service.split_once('/').is_some_and(|(own, _)| own == app.as_str()))
+    };
+    let views = backend.agent.network_view().certificates.into_iter();
+    views
+        .filter(|view| is_wanted(&view.service))
+        .map(|view| {
+            let about = view.about.as_ref();
+            let has_ended = about.is_some_and(|about| about.not_after <= now);
+            // A renewal that fails is no problem of today's certificate, and will be.
+            let row = state.certificates.find(&view.host).filter(|_| !view.source.starts_with("secret"));
+            let trouble = row.and_then(|row| row.trouble.as_ref()).map(ToString::to_string);
+            CertificateBody {
+                names: about.map(|about| about.names.clone()).unwrap_or_default(),
+                not_after: about.map(|about| Timestamp(about.not_after.saturating_mul(1000)).to_string()),
+                problem: view.problem.or(trouble).or_else(|| has_ended.then(|| "it has ended".into())),
+                host: view.host,
+                service: view.service,
+                source: view.source,
+            }
+        })
+        .collect()
 }
 
 fn service_body(

@@ -3,7 +3,7 @@
 //! Name → virtual address → endpoints → the process behind each → published ports.
 
 use super::backend::Backend;
-use super::network::why_not;
+use super::network::{certificates, why_not};
 use super::peer;
 use super::wire::{CheckBody, CheckStep, NodeNetworkBody};
 use crate::model::*;
@@ -31,6 +31,7 @@ pub async fn walk(
         steps.push(process_step(state, service, instance).await);
     }
     steps.extend(port_steps(service, nodes));
+    steps.extend(certificate_steps(backend, state, service));
     for facts in nodes.values() {
         steps.extend(facts.problems.iter().map(|problem| CheckStep {
             step: "node".into(),
@@ -140,6 +141,35 @@ async fn connect(address: Ipv4Addr, port: u16) -> io::Result<()> {
     let target = SocketAddr::from((address, port));
     let stream = peer::within(CONNECT_LIMIT, Async::<TcpStream>::connect(target)).await;
     stream.unwrap_or_else(|| Err(io::Error::from(io::ErrorKind::TimedOut))).map(drop)
+}
+
+/// What the ingress here shows for the service's hosts.
+fn certificate_steps(backend: &Backend, state: &State, service: &Service) -> Vec<CheckStep> {
+    let name = format!("{}/{}", service.app, service.name);
+    let shown = certificates(backend, state, Some(&service.app)).into_iter();
+    shown
+        .filter(|one| one.service == name)
+        .map(|one| match (&one.problem, &one.not_after) {
+            (None, Some(end)) => {
+                fine("tls", format!("{} shows a certificate ({}) that ends {end}", one.host, one.source))
+            }
+            (problem, end) => {
+                let why = problem.clone().unwrap_or_default();
+                let shown = match end {
+                    Some(end) => format!("shows a certificate ({}) that ends {end}, but", one.source),
+                    None => format!("shows no certificate ({}):", one.source),
+                };
+                let remedy = match one.source.as_str() {
+                    "acme" => {
+                        "the name must lead to port 80 of a node from where the authority is; then deploy again"
+                    }
+                    "cluster" => "is there a leader? tinydc node ls",
+                    _ => "tinydc secret set NAME FILE with chain and key as PEM",
+                };
+                bad("tls", format!("{} {shown} {why}", one.host), remedy)
+            }
+        })
+        .collect()
 }
 
 /// Published ports that a program of some node's own keeps from the service.

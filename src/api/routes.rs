@@ -46,6 +46,14 @@ pub enum Verb {
     Addresses,
     AddAddress,
     RemoveAddress,
+    Secrets,
+    PutSecret,
+    RemoveSecret,
+    InternalSecret,
+    InternalCertificate,
+    InternalChallenge,
+    InternalCheck,
+    Authority,
 }
 
 /// Who may use a route.
@@ -104,6 +112,10 @@ pub const ROUTES: &[Route] = &[
     route("GET", "/v1/addresses", Access::Viewer, Verb::Addresses),
     route("POST", "/v1/addresses", Access::Operator, Verb::AddAddress),
     route("DELETE", "/v1/addresses/{address}", Access::Operator, Verb::RemoveAddress),
+    route("GET", "/v1/ca", Access::Viewer, Verb::Authority),
+    route("GET", "/v1/secrets", Access::Viewer, Verb::Secrets),
+    route("PUT", "/v1/secrets/{name}", Access::Operator, Verb::PutSecret),
+    route("DELETE", "/v1/secrets/{name}", Access::Operator, Verb::RemoveSecret),
     route("POST", "/v1/leave", Access::Local, Verb::Leave),
     route("POST", "/v1/recover-key", Access::Local, Verb::RecoverKey),
     route("GET", "/v1/openapi.json", Access::Viewer, Verb::OpenApi),
@@ -114,6 +126,10 @@ pub const ROUTES: &[Route] = &[
     route("DELETE", "/internal/cluster-key", Access::Node, Verb::InternalKey),
     route("POST", "/internal/join", Access::Node, Verb::InternalJoin),
     route("POST", "/internal/ports", Access::Node, Verb::InternalPorts),
+    route("GET", "/internal/secrets/{name}", Access::Node, Verb::InternalSecret),
+    route("GET", "/internal/certificates/{host}", Access::Node, Verb::InternalCertificate),
+    route("GET", "/internal/challenges/{token}", Access::Node, Verb::InternalChallenge),
+    route("POST", "/internal/certificate-check/{name}", Access::Node, Verb::InternalCheck),
     route("GET", "/internal/network", Access::Node, Verb::InternalNetwork),
 ];
 

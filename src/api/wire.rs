@@ -431,6 +431,8 @@ pub struct NetworkBody {
     pub nodes: Vec<NodeNetworkBody>,
     pub services: Vec<ServiceNetworkBody>,
     pub addresses: Vec<AddressBody>,
+    /// As the node that was asked shows them.
+    pub certificates: Vec<CertificateBody>,
 }
 
 /// What one node alone knows of its network.
@@ -503,7 +505,7 @@ pub struct CheckBody {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckStep {
-    /// `name`, `endpoints`, `process`, `port`, `node`.
+    /// `name`, `endpoints`, `process`, `port`, `tls`, `node`.
     pub step: String,
     pub is_ok: bool,
     pub text: String,
@@ -543,4 +545,51 @@ pub struct EventBody {
     pub kind: String,
     pub subject: String,
     pub text: String,
+}
+
+/// `GET /v1/secrets`; `PUT /v1/secrets/{name}` with what is to be kept as body; `DELETE /v1/secrets/{name}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecretsBody {
+    #[serde(flatten)]
+    pub freshness: Freshness,
+    pub secrets: Vec<SecretBody>,
+}
+
+/// A secret without what is in it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecretBody {
+    /// `NAME`, or `APP/NAME` for one that belongs to an app.
+    pub name: String,
+    pub bytes: u32,
+    /// Grows when it changes.
+    pub version: u64,
+    pub created_at: String,
+    pub changed_at: String,
+    /// `APP/SERVICE`.
+    pub used_by: Vec<String>,
+}
+
+/// `GET /v1/ca`: what to trust for hosts with `tinydc.http.tls=cluster`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CaBody {
+    #[serde(flatten)]
+    pub freshness: Freshness,
+    pub cluster: String,
+    /// PEM.
+    pub certificate: String,
+}
+
+/// What the ingress shows for a host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateBody {
+    pub host: String,
+    /// `APP/SERVICE`.
+    pub service: String,
+    /// `secret NAME`, `acme` or `cluster`.
+    pub source: String,
+    /// Of the one that is shown; empty without one.
+    pub names: Vec<String>,
+    pub not_after: Option<String>,
+    /// Why there is none, or no newer one.
+    pub problem: Option<String>,
 }

@@ -135,6 +135,13 @@ impl Client {
         parse(&self.send(&asked, Some(&self.key().await?)).await?)
     }
 
+    /// Sends bytes that are no JSON, once for all tries; the answer is that it was done.
+    pub async fn put_bytes(&self, path: &str, body: Bytes) -> anyhow::Result<()> {
+        let asked = Asked { method: Method::PUT, path, body, limit: WRITE_LIMIT };
+        self.send(&asked, Some(&self.key().await?)).await?;
+        Ok(())
+    }
+
     /// Sends what `source` gives, once: it can't be read again.
     pub async fn upload<Answer: DeserializeOwned>(
         &self,

@@ -27,6 +27,8 @@ Cluster
   net          addresses, endpoints, ways between nodes, and what is in the way
   address      addresses of the cluster on the LAN, which outlive a node
   image        load, list and remove images
+  secret       passwords, keys and certificates that containers find as files
+  ca           the certificate to trust for HTTPS by the cluster's own authority
   events       what happened
 
 Here

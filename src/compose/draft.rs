@@ -3,8 +3,9 @@
 //! Input: what the Compose file asks for, then the digest of each packed path. Output: the specification.
 //! Packing itself is the caller's: it needs the file system.
 
-use crate::model::{AppSpec, Digest, MountSource, MountSpec};
+use crate::model::{AppSpec, Digest, MountSource, MountSpec, SecretName};
 use std::collections::BTreeMap;
+use std::fmt;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Draft {
@@ -12,6 +13,32 @@ pub struct Draft {
     pub app: AppSpec,
     /// What to send along, in the order of the services.
     pub content: Vec<ContentWish>,
+    /// What to send along before the app.
+    pub secrets: Vec<SecretWish>,
+}
+
+/// A secret or config that the file brings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SecretWish {
+    pub name: SecretName,
+    pub source: SecretSource,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SecretSource {
+    /// Relative to the Compose file's directory, or absolute, on the machine that deploys.
+    File(String),
+    Text(SecretText),
+}
+
+/// Never printed.
+#[derive(Clone, PartialEq, Eq)]
+pub struct SecretText(pub String);
+
+impl fmt::Debug for SecretText {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("SecretText(…)")
+    }
 }
 
 /// A file or directory beside the Compose file that goes along with the app.

@@ -1,13 +1,14 @@
 //! Labels of a service → the routes by which HTTP comes to it, and what of them has no effect here.
 //!
-//! `tinydc.http.host|path|port|redirect|body_max`, and the labels that people have for Traefik 2: router rules of
-//! `Host`, `PathPrefix`, `&&` and `||`, server ports, and the middleware that redirects to HTTPS. Pure.
+//! `tinydc.http.host|path|port|tls|redirect|body_max`, and the labels that people have for Traefik 2: router rules of
+//! `Host`, `PathPrefix`, `&&` and `||`, server ports, TLS, and the middleware that redirects to HTTPS. Pure.
 //!
 //! Invariant: a rule of which a part can't be kept gives no route, for a wider one would show what was meant to be hidden
 //! (`a_rule_that_cannot_be_kept_gives_no_route`).
 
 use super::problem::Severity;
 use super::quantity::parse_bytes;
+use crate::model::SecretName;
 use std::collections::BTreeMap;
 
 const OWN: &str = "tinydc.http.";
@@ -25,7 +26,9 @@ const DISPENSABLE: [&str; 9] = [
     "ratelimit",
     "retry",
 ];
-const OWN_HINT: &str = "tinydc reads tinydc.http.host, path, port, redirect and body_max";
+const TLS_HINT: &str =
+    "write cluster, acme, or the name of a secret that holds certificate and key; each is for a host";
+const OWN_HINT: &str = "tinydc reads tinydc.http.host, path, port, tls, redirect and body_max";
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct RouteSpec {
@@ -37,6 +40,18 @@ pub struct RouteSpec {
     pub port: Option<u16>,
     pub redirects_to_https: bool,
     pub request_bytes_max: Option<u64>,
+    pub tls: Option<TlsSource>,
+}
+
+/// Where a host's certificate comes from. Of two that are wished for one host the first in this order is taken.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum TlsSource {
+    /// A secret of the app or of the cluster: chain and key as PEM.
+    Secret(String),
+    /// An authority that browsers trust.
+    Acme,
+    /// The cluster's own CA.
+    Cluster,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,14 +73,29 @@ pub fn read_ingress_labels(labels: &BTreeMap<String, String>) -> IngressLabels {
     let mut reader = Reader { labels, problems: Vec::new() };
     let mut routes = reader.own_routes();
     routes.extend(reader.traefik_routes());
-    routes.sort();
-    routes.dedup();
+    let mut routes = merged(routes);
     if routes.len() > ROUTES_MAX {
         let message = format!("the labels make {} routes, at most {ROUTES_MAX} are served", routes.len());
         reader.problem(Severity::Error, "labels", message, None);
         routes.clear();
     }
     IngressLabels { routes, problems: reader.problems }
+}
+
+/// One route for each host, path and port: Traefik's labels often name one for HTTP and one for HTTPS.
+fn merged(routes: Vec<RouteSpec>) -> Vec<RouteSpec> {
+    let mut by_place: BTreeMap<(Option<String>, String, Option<u16>), RouteSpec> = BTreeMap::new();
+    for route in routes {
+        let place = (route.host.clone(), route.path_prefix.clone(), route.port);
+        let Some(known) = by_place.get_mut(&place) else {
+            by_place.insert(place, route);
+            continue;
+        };
+        known.redirects_to_https |= route.redirects_to_https;
+        known.request_bytes_max = known.request_bytes_max.into_iter().chain(route.request_bytes_max).min();
+        known.tls = known.tls.take().into_iter().chain(route.tls).min();
+    }
+    by_place.into_values().collect()
 }
 
 struct Reader<'l> {
@@ -93,6 +123,7 @@ impl<'l> Reader<'l> {
         let mut route = RouteSpec { path_prefix: "/".into(), ..RouteSpec::default() };
         let mut hosts = Vec::new();
         let (mut is_routed, mut is_fine) = (false, true);
+        let mut redirects = None;
         for (key, value) in self.below(OWN) {
             is_routed |= matches!(key, "host" | "path");
             let outcome = match key {
@@ -103,7 +134,8 @@ impl<'l> Reader<'l> {
                     .map(|all| hosts = all),
                 "path" => read_path(value).map(|path| route.path_prefix = path),
                 "port" => read_port(value).map(|port| route.port = Some(port)),
-                "redirect" => read_switch(value).map(|redirects| route.redirects_to_https = redirects),
+                "tls" => read_tls(value).map(|tls| route.tls = Some(tls)),
+                "redirect" => read_switch(value).map(|value| redirects = Some(value)),
                 "body_max" => read_bytes(value).map(|bytes| route.request_bytes_max = Some(bytes)),
                 _ => Err("has no meaning".to_string()),
             };
@@ -125,6 +157,12 @@ impl<'l> Reader<'l> {
                     Some("add tinydc.http.host or path"),
                 );
             }
+            return Vec::new();
+        }
+        route.redirects_to_https = redirects.unwrap_or(route.tls.is_some());
+        let all = if hosts.is_empty() { vec![None] } else { hosts.iter().map(Some).collect() };
+        if let Some(message) = all.iter().find_map(|host| unprovable(host.map(String::as_str), &route.tls)) {
+            self.problem(Severity::Error, &format!("{OWN}tls"), message, Some(TLS_HINT));
             return Vec::new();
         }
         if hosts.is_empty() {
@@ -151,6 +189,17 @@ impl<'l> Reader<'l> {
                 ["http", "routers", router, "service"] => {
                     routers.entry(router).or_default().service = Some(value)
                 }
+                ["http", "routers", router, "entrypoints"] => {
+                    let is_secure = value.split(',').any(|name| name.trim() == "websecure");
+                    routers.entry(router).or_default().is_secure |= is_secure;
+                }
+                ["http", "routers", router, "tls"] => match read_switch(value) {
+                    Ok(is_secure) => routers.entry(router).or_default().is_secure |= is_secure,
+                    Err(message) => self.problem(Severity::Error, &label, message, None),
+                },
+                ["http", "routers", router, "tls", "certresolver"] => {
+                    routers.entry(router).or_default().has_resolver = !value.is_empty();
+                }
                 ["http", "routers", router, "middlewares"] => {
                     routers.entry(router).or_default().middlewares =
                         value.split(',').map(str::trim).collect();
@@ -171,8 +220,9 @@ impl<'l> Reader<'l> {
 
     fn without_effect(&mut self, label: &str, key: &[&str]) {
         let (severity, message) = match key {
-            ["http", "routers", _, "entrypoints" | "tls" | "priority", ..] => {
-                (Severity::Ignored, "routes are served by HTTP and HTTPS, the most exact first")
+            ["http", "routers", _, "priority"] => (Severity::Ignored, "the most exact route comes first"),
+            ["http", "routers", _, "tls", ..] => {
+                (Severity::Ignored, "certificates are for the hosts that the rule names")
             }
             ["tcp" | "udp", ..] => (Severity::Warning, "only HTTP is routed by names; publish the port"),
             _ => (Severity::Ignored, "nothing here reads it"),
@@ -195,6 +245,17 @@ impl<'l> Reader<'l> {
             }
         };
         let Some(redirects_to_https) = self.apply_middlewares(name, router, found) else { return Vec::new() };
+        let tls = match (router.has_resolver, router.is_secure) {
+            (true, _) => Some(TlsSource::Acme),
+            (false, true) => Some(TlsSource::Cluster),
+            (false, false) => None,
+        };
+        let unproved = conditions.iter().find_map(|condition| unprovable(condition.host.as_deref(), &tls));
+        if let Some(message) = unproved {
+            let label = format!("traefik.http.routers.{name}.tls");
+            self.problem(Severity::Error, &label, message, Some("name the hosts in the rule: Host(`name`)"));
+            return Vec::new();
+        }
         let port = match router.service {
             Some(service) => found.ports.get(service.split('@').next().unwrap_or_default()),
             None => found
@@ -206,8 +267,9 @@ impl<'l> Reader<'l> {
             host: condition.host,
             path_prefix: condition.path.unwrap_or_else(|| "/".into()),
             port: port.copied(),
-            redirects_to_https,
+            redirects_to_https: redirects_to_https || tls.is_some(),
             request_bytes_max: None,
+            tls: tls.clone(),
         };
         conditions.into_iter().map(route).collect()
     }
@@ -246,6 +308,8 @@ struct Router<'l> {
     rule: Option<&'l str>,
     service: Option<&'l str>,
     middlewares: Vec<&'l str>,
+    is_secure: bool,
+    has_resolver: bool,
 }
 
 #[derive(Default)]
@@ -428,6 +492,26 @@ fn read_port(text: &str) -> Result<u16, String> {
     text.parse().ok().filter(|port| *port > 0).ok_or_else(|| format!("{text:?} is no port"))
 }
 
+fn read_tls(text: &str) -> Result<TlsSource, String> {
+    match text {
+        "cluster" => Ok(TlsSource::Cluster),
+        "acme" => Ok(TlsSource::Acme),
+        _ if SecretName::new(text).is_ok() && !text.contains('/') => Ok(TlsSource::Secret(text.into())),
+        _ => Err(format!("{text:?} can't name a secret")),
+    }
+}
+
+/// Why there can be no certificate for a route.
+fn unprovable(host: Option<&str>, tls: &Option<TlsSource>) -> Option<String> {
+    match (host, tls) {
+        (None, Some(_)) => Some("needs a host: certificates are for names".into()),
+        (Some(host), Some(TlsSource::Acme)) if host.starts_with('*') => {
+            Some(format!("{host} is a wildcard, which can't be proved by HTTP"))
+        }
+        _ => None,
+    }
+}
+
 fn read_switch(text: &str) -> Result<bool, String> {
     match text {
         "true" => Ok(true),
@@ -453,11 +537,14 @@ mod tests {
         let show = |route: &RouteSpec| {
             let host = route.host.as_deref().unwrap_or("*");
             let port = route.port.map_or("-".to_string(), |port| port.to_string());
-            format!(
-                "{host} {} {port}{}",
-                route.path_prefix,
-                if route.redirects_to_https { " https" } else { "" }
-            )
+            let tls = match &route.tls {
+                None => String::new(),
+                Some(TlsSource::Secret(name)) => format!(" by {name}"),
+                Some(TlsSource::Acme) => " by acme".into(),
+                Some(TlsSource::Cluster) => " by cluster".into(),
+            };
+            let redirect = if route.redirects_to_https { " https" } else { "" };
+            format!("{host} {} {port}{redirect}{tls}", route.path_prefix)
         };
         found.routes.iter().map(show).collect()
     }
@@ -488,6 +575,47 @@ mod tests {
     }
 
     #[test]
+    fn a_certificate_s_source_follows_from_the_labels() {
+        let host = ("tinydc.http.host", "a.test");
+        for (labels, wanted) in [
+            (vec![host, ("tinydc.http.tls", "cluster")], "a.test / - https by cluster"),
+            (vec![host, ("tinydc.http.tls", "acme")], "a.test / - https by acme"),
+            (vec![host, ("tinydc.http.tls", "my-cert")], "a.test / - https by my-cert"),
+            (
+                vec![host, ("tinydc.http.tls", "acme"), ("tinydc.http.redirect", "false")],
+                "a.test / - by acme",
+            ),
+            (
+                vec![("tinydc.http.host", "*.a.test"), ("tinydc.http.tls", "cluster")],
+                "*.a.test / - https by cluster",
+            ),
+        ] {
+            let found = read(&labels);
+            assert_eq!((short(&found), found.problems.len()), (vec![wanted.to_string()], 0), "{labels:?}");
+        }
+        let wildcard = read(&[("tinydc.http.host", "*.a.test"), ("tinydc.http.tls", "acme")]);
+        assert!(wildcard.routes.is_empty() && wildcard.problems[0].message.contains("wildcard"));
+        let rule = |router: &str| format!("traefik.http.routers.{router}.rule");
+        for (key, value, wanted) in [
+            ("traefik.http.routers.w.tls", "true", "a.test / - https by cluster"),
+            ("traefik.http.routers.w.entrypoints", "web,websecure", "a.test / - https by cluster"),
+            ("traefik.http.routers.w.entrypoints", "web", "a.test / -"),
+            ("traefik.http.routers.w.tls.certresolver", "le", "a.test / - https by acme"),
+        ] {
+            assert_eq!(short(&read(&[(&rule("w"), "Host(`a.test`)"), (key, value)])), [wanted], "{key}");
+        }
+        // One router for HTTP, one for HTTPS.
+        let two = read(&[
+            (&rule("plain"), "Host(`a.test`)"),
+            (&rule("secure"), "Host(`a.test`)"),
+            ("traefik.http.routers.secure.tls", "true"),
+        ]);
+        assert_eq!(short(&two), ["a.test / - https by cluster"]);
+        let any = read(&[(&rule("w"), "PathPrefix(`/`)"), ("traefik.http.routers.w.tls", "true")]);
+        assert_eq!((any.routes.len(), any.problems[0].severity), (0, Severity::Error));
+    }
+
+    #[test]
     fn a_wrong_own_label_is_an_error_and_gives_no_route() {
         for (key, value) in [
             ("host", "a b"),
@@ -497,6 +625,9 @@ mod tests {
             ("port", "http"),
             ("redirect", "yes"),
             ("body_max", "much"),
+            ("tls", "a b"),
+            // Without a host.
+            ("tls", "cluster"),
             ("hosts", "a.test"),
         ] {
             let label = format!("tinydc.http.{key}");
@@ -601,24 +732,24 @@ mod tests {
             ("traefik.http.routers.web.rule", "Host(`a.test`)"),
             ("traefik.http.routers.web.entrypoints", "websecure"),
             ("traefik.http.routers.web.tls.certresolver", "le"),
+            ("traefik.http.routers.web.tls.domains[0].main", "a.test"),
             ("traefik.http.routers.web.middlewares", "small, secure@docker"),
             ("traefik.http.middlewares.secure.redirectscheme.scheme", "https"),
             ("traefik.http.middlewares.small.compress", "true"),
             ("traefik.tcp.routers.db.rule", "HostSNI(`*`)"),
         ]);
-        assert_eq!(short(&found), ["a.test / - https"]);
+        assert_eq!(short(&found), ["a.test / - https by acme"]);
         let said: Vec<(&str, Severity)> =
             found.problems.iter().map(|problem| (problem.label.as_str(), problem.severity)).collect();
         assert_eq!(
             said,
             [
-                ("traefik.http.routers.web.entrypoints", Severity::Ignored),
-                ("traefik.http.routers.web.tls.certresolver", Severity::Ignored),
+                ("traefik.http.routers.web.tls.domains[0].main", Severity::Ignored),
                 ("traefik.tcp.routers.db.rule", Severity::Warning),
                 ("traefik.http.routers.web.middlewares", Severity::Warning),
             ]
         );
-        assert!(found.problems[3].message.contains("small"));
+        assert!(found.problems[2].message.contains("small"));
         let off = read(&[("traefik.enable", "false"), ("traefik.http.routers.web.rule", "Host(`a.test`)")]);
         assert_eq!(off, IngressLabels::default());
     }

@@ -27,8 +27,8 @@ pub const FILE: Table = &[
     ("volumes", Supported),
     ("networks", Supported),
     ("version", Ignored("Compose files have no version any more; the line can go")),
-    ("configs", Ignored("only services could use them, and can't here: mount a file instead")),
-    ("secrets", Ignored("only services could use them, and can't here: mount a file or use `environment`")),
+    ("configs", Supported),
+    ("secrets", Supported),
     ("include", Refused("other files are not included", "copy their services into this file")),
     ("models", Refused("AI models are not run", "remove it")),
     ("x-tinydc", Refused("stands in a service, not here", "move it into the services it is meant for")),
@@ -58,7 +58,7 @@ pub const SERVICE: Table = &[
     ("cgroup", NAMESPACES),
     ("cgroup_parent", NAMESPACES),
     ("command", Supported),
-    ("configs", Refused("configs are not supported yet", "mount the file: `volumes: [./FILE:/PATH:ro]`")),
+    ("configs", Supported),
     ("container_name", Supported),
     ("cpu_count", KERNEL),
     ("cpu_percent", KERNEL),
@@ -132,10 +132,7 @@ pub const SERVICE: Table = &[
     ("restart", Supported),
     ("runtime", Refused("tinydc is the runtime", "remove it")),
     ("scale", Supported),
-    (
-        "secrets",
-        Refused("secrets are not supported yet", "mount the file, or use `environment` or `env_file`"),
-    ),
+    ("secrets", Supported),
     ("security_opt", Supported),
     ("shm_size", Supported),
     ("stdin_open", Ignored("nothing is attached; use `tinydc exec -it`")),
@@ -254,6 +251,38 @@ pub const VOLUME: Table = &[
     ),
     ("labels", Silent),
     ("name", Ignored("volumes are named by the key, and belong to the app")),
+];
+
+const NO_DRIVER: Rule =
+    Refused("secrets are kept by the cluster itself", "write `file`, `environment` or `external: true`");
+
+pub const SECRET: Table = &[
+    ("file", Supported),
+    ("environment", Supported),
+    ("external", Supported),
+    ("name", Supported),
+    ("labels", Silent),
+    ("driver", NO_DRIVER),
+    ("driver_opts", NO_DRIVER),
+    ("template_driver", NO_DRIVER),
+];
+
+pub const CONFIG: Table = &[
+    ("file", Supported),
+    ("content", Supported),
+    ("environment", Supported),
+    ("external", Supported),
+    ("name", Supported),
+    ("labels", Silent),
+    ("template_driver", NO_DRIVER),
+];
+
+pub const SECRET_USE: Table = &[
+    ("source", Supported),
+    ("target", Supported),
+    ("uid", Supported),
+    ("gid", Supported),
+    ("mode", Supported),
 ];
 
 const ONE_KIND: &str = "there is one kind of network, which spans all nodes";

@@ -24,6 +24,7 @@ mod networks;
 mod ports;
 mod problem;
 mod quantity;
+mod secrets;
 mod service;
 #[cfg(test)]
 mod tests;
@@ -32,7 +33,7 @@ mod values;
 mod words;
 
 pub use dotenv::{DotenvError, parse_dotenv};
-pub use draft::{ContentKind, ContentWish, Draft, FinishError};
+pub use draft::{ContentKind, ContentWish, Draft, FinishError, SecretSource, SecretText, SecretWish};
 pub use problem::{Problem, Severity};
 pub use tree::FILE_BYTES_MAX;
 
@@ -42,6 +43,7 @@ use keys::supported;
 use mounts::{Mounts, read_declared};
 use networks::Networks;
 use problem::{Position, Problems, Spot, shortened};
+use secrets::{Kind, Secrets};
 use service::{Shared, read_service};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -135,6 +137,13 @@ fn read_file(text: &str, surroundings: &Surroundings<'_>, problems: &mut Problem
     if let Some(spot) = entries.get("networks") {
         networks.read_declared(spot, problems);
     }
+    let mut secrets = Secrets::default();
+    for (key, kind) in [("secrets", Kind::Secret), ("configs", Kind::Config)] {
+        if let Some(spot) = entries.get(key) {
+            read_mapping(spot, problems);
+            secrets.read_declared(kind, spot, surroundings.environment, problems);
+        }
+    }
     let Some(services_spot) = entries.get("services") else {
         problems.error_with(&root_spot, "there is no `services:`", "add the services to run");
         return None;
@@ -143,9 +152,10 @@ fn read_file(text: &str, surroundings: &Surroundings<'_>, problems: &mut Problem
         surroundings,
         mounts: Mounts::new(declared.unwrap_or_default()),
         published: ports::Published::default(),
+        secrets,
     };
     let services = read_services(services_spot, &mut networks, &mut shared, problems);
-    let draft = finish(name?, services, networks, shared, problems);
+    let draft = finish(name?, services, networks, (shared, services_spot), problems);
     check_size(&draft.app, services_spot, problems);
     Some(draft)
 }
@@ -219,7 +229,7 @@ fn finish(
     name: AppName,
     mut services: BTreeMap<String, crate::model::ServiceSpec>,
     networks: Networks,
-    mut shared: Shared<'_, '_>,
+    (mut shared, spot): (Shared<'_, '_>, &Spot<'_>),
     problems: &mut Problems,
 ) -> Draft {
     networks.finish(&name, &mut services);
@@ -229,7 +239,13 @@ fn finish(
             service.mounts.extend(mounts);
         }
     }
-    Draft { app: AppSpec { name, services, volumes: shared.mounts.volumes }, content }
+    let wishes = shared.secrets.finish(&name, &mut services, spot, problems);
+    let secrets = wishes.iter().map(|wish| wish.name.clone()).collect();
+    Draft {
+        app: AppSpec { name, services, volumes: shared.mounts.volumes, secrets },
+        content,
+        secrets: wishes,
+    }
 }
 
 /// Whether the app fits into one entry of the log, and into the cluster.

@@ -411,7 +411,7 @@ fn is_volume_name(text: &str) -> bool {
 }
 
 /// An absolute path without `.`, `..`, `//` or a slash at the end; `None` if it is none, or `/` itself.
-fn clean_target(text: &str) -> Option<String> {
+pub fn clean_target(text: &str) -> Option<String> {
     let parts: Vec<&str> =
         text.strip_prefix('/')?.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
     let is_fine =

@@ -11,6 +11,7 @@ use super::mounts::{Mounts, read_tmpfs};
 use super::networks::is_dns_name;
 use super::ports::{Published, read_ports};
 use super::problem::{Problems, Spot, shortened};
+use super::secrets::{Kind, Secrets};
 use super::{Surroundings, depends, health, values};
 use crate::model::limits::{REPLICAS_MAX, SERVICE_SPEC_BYTES_MAX};
 use std::collections::BTreeMap;
@@ -24,6 +25,7 @@ pub struct Shared<'n, 's> {
     pub surroundings: &'s Surroundings<'s>,
     pub mounts: Mounts<'n>,
     pub published: Published,
+    pub secrets: Secrets,
 }
 
 /// A service as it is read: what several keys may say is settled at the end.
@@ -65,6 +67,8 @@ pub fn read_service<'n>(
                 let mounts = shared.mounts.read_service(name, entry, problems);
                 reader.spec.mounts.extend(mounts);
             }
+            "secrets" => shared.secrets.read_service(Kind::Secret, name, entry, problems),
+            "configs" => shared.secrets.read_service(Kind::Config, name, entry, problems),
             "tmpfs" => reader.spec.mounts.extend(read_tmpfs(entry, problems)),
             "shm_size" => reader.read_shared_memory(entry, problems),
             // The remaining ones were read above, or before the loop.

@@ -61,6 +61,8 @@ pub struct Liveness {
     sent_at: Option<Mono>,
     seq: u64,
     heard: BTreeMap<NodeId, LastHeard>,
+    /// The newest run of each node that this one heard or was connected to, and when last.
+    runs: BTreeMap<NodeId, (StartId, Mono)>,
     leaderless_since: Option<Mono>,
 }
 
@@ -75,6 +77,7 @@ impl Liveness {
             sent_at: None,
             seq: 0,
             heard: BTreeMap::new(),
+            runs: BTreeMap::new(),
             leaderless_since: Some(now),
         }
     }
@@ -87,7 +90,13 @@ impl Liveness {
             .is_some_and(|last| last.alive.start_id == alive.start_id && last.alive.seq >= alive.seq);
         if from != self.own && !is_old {
             self.heard.insert(from, LastHeard { at: now, alive });
+            self.greet(from, alive.start_id, now);
         }
+    }
+
+    /// A run of a node's daemon is there: it connected, or was heard.
+    pub fn greet(&mut self, from: NodeId, start_id: StartId, now: Mono) {
+        self.runs.insert(from, (start_id, now));
     }
 
     /// Notes a pause of this process; returns what to broadcast when it is time.
@@ -128,7 +137,14 @@ impl Liveness {
     }
 
     fn is_lost(&self, node: &Node, now: Mono, cluster_time: Timestamp) -> bool {
-        let stopped_cleanly = node.stopped_at.is_some_and(|at| cluster_time.since_ms(at) < CLEAN_STOP_MS);
+        let stopped_cleanly = node.stopped_at.is_some_and(|at| {
+            let stopped_ms = cluster_time.since_ms(at);
+            // A later run came since, and announced no end, even if it ended before the state knew of it.
+            let came_back = self.runs.get(&node.id).is_some_and(|(start_id, at)| {
+                Some(*start_id) != node.start_id && now.since_ms(*at) < stopped_ms
+            });
+            stopped_ms < CLEAN_STOP_MS && !came_back
+        });
         match self.heard.get(&node.id) {
             Some(last) if last.alive.figures.fsync_age_ms >= FSYNC_LOST_MS => true,
             Some(last) => now.since_ms(last.at) >= LOST_AFTER_MS && !stopped_cleanly,
@@ -191,5 +207,41 @@ impl Liveness {
             (None, Some(since)) => now.since_ms(since),
             _ => 0,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::testing::Applier;
+
+    /// Node 2 stopped cleanly; its later runs, as node 1 sees them.
+    fn lost(later_runs: &[(StartId, u64)], asked_at_ms: u64) -> bool {
+        let mut applier = Applier::with_nodes(2);
+        let stopped_run =
+            applier.state.nodes.find(&NodeId(2)).and_then(|node| node.start_id).expect("it started");
+        let begin = Mono(0);
+        let mut liveness = Liveness::new(NodeId(1), StartId(1), begin);
+        let alive = Alive { start_id: stopped_run, seq: 1, figures: Figures::default(), wall: None };
+        liveness.hear(NodeId(2), alive, begin.plus_ms(500));
+        applier.must(Command::NodeStopping { node: NodeId(2), start_id: stopped_run });
+        let stopped_at = applier.state.time();
+        for (start_id, at) in later_runs {
+            liveness.greet(NodeId(2), *start_id, begin.plus_ms(1_000 + at));
+        }
+        let node = applier.state.nodes.find(&NodeId(2)).expect("it is a member");
+        let now = begin.plus_ms(1_000 + asked_at_ms);
+        liveness.is_lost(node, now, stopped_at.plus_ms(asked_at_ms))
+    }
+
+    #[test]
+    fn a_clean_stop_keeps_everything_in_place_for_a_minute() {
+        assert!(!lost(&[], 59_000));
+        assert!(lost(&[], 61_000));
+    }
+
+    #[test]
+    fn a_run_that_came_after_a_clean_stop_and_fell_silent_is_lost() {
+        assert!(lost(&[(StartId(77), 300)], 10_000));
     }
 }

@@ -12,8 +12,6 @@ mod liveness;
 mod membership;
 mod reads;
 mod requests;
-#[cfg(test)]
-mod tests;
 
 pub use liveness::{Alive, Figures};
 pub use requests::Undone;
@@ -80,6 +78,11 @@ pub enum Input {
     Alive {
         from: NodeId,
         alive: Alive,
+    },
+    /// A peer's run connected.
+    Greeted {
+        peer: NodeId,
+        start_id: StartId,
     },
     Unreachable {
         peer: NodeId,
@@ -237,6 +240,7 @@ impl Control {
                 self.clock.hear(from, alive.wall);
                 self.liveness.hear(from, alive, now.mono);
             }
+            Input::Greeted { peer, start_id } => self.liveness.greet(peer, start_id, now.mono),
             Input::Unreachable { peer } => self.driver.report_unreachable(peer),
             Input::Write { waiter, request, command } => self.write(now, waiter, request, *command, &mut out),
             Input::Read { waiter } => self.reads.add(waiter, now.mono, &mut self.driver, &mut out),

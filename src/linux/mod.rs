@@ -13,3 +13,4 @@ pub mod netns;
 pub mod packet;
 pub mod process;
 pub mod socket;
+pub mod tun;

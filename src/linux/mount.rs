@@ -38,6 +38,20 @@ pub fn bind(source: &Path, target: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// A file system in memory, for root alone; never swapped where the kernel can promise that (since 6.4).
+pub fn memory(target: &Path, bytes_max: u64) -> io::Result<()> {
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let mount = |options: &str| {
+        nix::mount::mount(Some("tinydc-secrets"), target, Some("tmpfs"), flags, Some(options))
+    };
+    let options = format!("mode=0700,size={bytes_max}");
+    match mount(&format!("{options},noswap")) {
+        Err(nix::errno::Errno::EINVAL) => mount(&options)?,
+        outcome => outcome?,
+    }
+    Ok(())
+}
+
 /// Takes the mount at `target` out of the tree; it ends when the last user is gone. Nothing mounted there is fine.
 pub fn detach(target: &Path) -> io::Result<()> {
     match nix::mount::umount2(target, MntFlags::MNT_DETACH) {

@@ -32,6 +32,19 @@ pub fn open(protocol: u16, interface: u32, timeout: Duration) -> io::Result<Owne
     if bound != 0 {
         return Err(io::Error::last_os_error());
     }
+    const IGNORE_OUTGOING: libc::c_int = 23;
+    let yes: libc::c_int = 1;
+    // SAFETY: the kernel reads `size_of` bytes of `yes`, which outlives the call. Kernels before 4.20 refuse, and then
+    // what this machine sends is seen too.
+    unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_PACKET,
+            IGNORE_OUTGOING,
+            (&raw const yes).cast(),
+            mem::size_of::<libc::c_int>() as libc::socklen_t,
+        );
+    }
     use rustix::net::sockopt::{Timeout, set_socket_timeout};
     set_socket_timeout(&socket, Timeout::Recv, Some(timeout))?;
     Ok(socket)

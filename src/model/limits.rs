@@ -27,7 +27,13 @@ pub const UNWRITTEN_CHANGES_BYTES_MAX: usize = 64 << 10;
 pub const OUTCOMES_MAX: usize = 4096;
 pub const OUTCOME_AGE_MS_MAX: u64 = 3_600_000;
 /// Of nodes among each other and of clients: never published.
-pub const CLUSTER_PORTS: std::ops::RangeInclusive<u16> = 7400..=7402;
+pub const CLUSTER_PORTS: std::ops::RangeInclusive<u16> = 7400..=7404;
+/// Networks that a joining machine tells of.
+pub const LOCAL_NETWORKS_MAX: usize = 32;
+/// One secret: it goes through the log as one entry.
+pub const SECRET_BYTES_MAX: usize = 500_000;
+/// Hosts with a certificate: each has a row of a few kB on every node.
+pub const CERTIFICATES_MAX: usize = 1024;
 /// Floating addresses on the LAN.
 pub const ADDRESSES_MAX: usize = 16;
 /// Events kept.
@@ -42,5 +48,6 @@ pub const DEAD_INSTANCES_KEPT: usize = 3;
 const _: () = assert!(ENTRY_BYTES_MAX * 3 / 2 <= FRAME_BYTES_MAX);
 const _: () = assert!(SNAPSHOT_CHUNK_BYTES <= FRAME_BYTES_MAX);
 const _: () = assert!(SERVICE_SPEC_BYTES_MAX < ENTRY_BYTES_MAX);
+const _: () = assert!(SECRET_BYTES_MAX * 3 / 2 < ENTRY_BYTES_MAX);
 const _: () = assert!(LOG_BYTES_MAX >= 2 * ENTRY_BYTES_MAX);
 const _: () = assert!(UNWRITTEN_CHANGES_BYTES_MAX < LOG_BYTES_MAX);

@@ -6,7 +6,9 @@ pub mod artifact;
 pub mod ids;
 pub mod instance;
 pub mod limits;
+pub mod local_network;
 pub mod node;
+pub mod secret;
 pub mod settings;
 pub mod spec;
 pub mod time;
@@ -16,11 +18,13 @@ pub use ids::{
     AppName, ClusterId, InstanceId, NodeId, PublicKey, RequestId, ServiceId, StartId, StoreId, TokenId,
 };
 pub use instance::{Desired, Exit, Instance, Observed, Phase};
+pub use local_network::LocalNetwork;
 pub use node::{Architecture, Condition, Node, NodeSize};
+pub use secret::{SecretName, SecretNameError};
 pub use settings::Settings;
 pub use spec::{
     AppSpec, Constraint, ConstraintSubject, DependencyCondition, HealthSpec, HealthTest, ImageSpec,
     MountSource, MountSpec, NetworkUse, PlacementSpec, PortSpec, Protocol, ResourceSpec, RestartPolicy,
-    ServiceSpec, VolumeSpec,
+    SecretUse, ServiceSpec, VolumeSpec,
 };
 pub use time::{Mono, Timestamp};

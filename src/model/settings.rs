@@ -1,5 +1,6 @@
 //! What holds for the whole cluster and can be changed with `tinydc settings`: typed, with default and meaning.
 
+use super::secret::SecretName;
 use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,7 +31,21 @@ pub struct Settings {
     /// Where HTTP routes are served while there are any.
     pub ingress_http_port: u16,
     pub ingress_https_port: u16,
+    /// Traffic between the containers of different nodes goes through WireGuard.
+    pub is_encrypted: bool,
+    /// How long a node keeps one key for it.
+    pub encrypt_rotation_s: u64,
+    /// Of the authority that certificates are ordered from.
+    pub acme_directory: String,
+    /// Empty for none.
+    pub acme_email: String,
+    /// The secret that holds the authority's own root; empty for those that browsers trust.
+    pub acme_ca: String,
 }
+
+/// The production service of Let's Encrypt.
+pub const LETS_ENCRYPT: &str = "https://acme-v02.api.letsencrypt.org/directory";
+const URL_BYTES_MAX: usize = 1024;
 
 impl Default for Settings {
     fn default() -> Self {
@@ -41,6 +56,11 @@ impl Default for Settings {
             insecure_registries: Vec::new(),
             ingress_http_port: 80,
             ingress_https_port: 443,
+            is_encrypted: false,
+            encrypt_rotation_s: 7 * 24 * 3600,
+            acme_directory: LETS_ENCRYPT.into(),
+            acme_email: String::new(),
+            acme_ca: String::new(),
         }
     }
 }
@@ -61,13 +81,18 @@ pub enum SettingError {
     BadValue { key: String, value: String, expected: &'static str },
 }
 
-const KEYS: [(&str, &str); 6] = [
+const KEYS: [(&str, &str); 11] = [
     ("timers", "card: for SD cards; fast: for SSDs, a leader is replaced within a second"),
     ("default_memory", "memory reserved for an instance that reserves none (MiB)"),
     ("default_cpu", "CPU reserved for an instance that reserves none (thousandths of a core)"),
     ("insecure_registries", "registries that may be asked without TLS (host:port, comma-separated)"),
     ("ingress_http_port", "where services with an HTTP route are served"),
     ("ingress_https_port", "the same with TLS"),
+    ("encrypt", "true: traffic between containers of different nodes is encrypted, by WireGuard"),
+    ("encrypt_rotation", "how long a node keeps one key for that (seconds)"),
+    ("acme_directory", "the authority that certificates for tls=acme are ordered from"),
+    ("acme_email", "where that authority may write to"),
+    ("acme_ca", "the secret that holds the root of that authority, if browsers do not trust it"),
 ];
 
 impl Settings {
@@ -93,6 +118,11 @@ impl Settings {
             "default_cpu" => self.default_cpu_millis.to_string(),
             "ingress_http_port" => self.ingress_http_port.to_string(),
             "ingress_https_port" => self.ingress_https_port.to_string(),
+            "encrypt" => self.is_encrypted.to_string(),
+            "encrypt_rotation" => self.encrypt_rotation_s.to_string(),
+            "acme_directory" => self.acme_directory.clone(),
+            "acme_email" => self.acme_email.clone(),
+            "acme_ca" => self.acme_ca.clone(),
             _ => self.insecure_registries.join(","),
         }
     }
@@ -123,6 +153,13 @@ impl Settings {
             "ingress_https_port" => {
                 self.ingress_https_port = number(1..=65_535, "a port, 1 to 65535")? as u16;
             }
+            "encrypt" => self.is_encrypted = value.parse().map_err(|_| bad("true or false"))?,
+            "encrypt_rotation" => {
+                self.encrypt_rotation_s = number(10..=31_536_000, "seconds, 10 to 31536000")?;
+            }
+            "acme_directory" | "acme_email" | "acme_ca" => {
+                self.set_acme(key, value).map_err(bad)?;
+            }
             "insecure_registries" => {
                 let hosts: Vec<String> =
                     value.split(',').map(str::trim).filter(|h| !h.is_empty()).map(String::from).collect();
@@ -134,6 +171,34 @@ impl Settings {
             _ => return Err(SettingError::Unknown(key.into())),
         }
         Ok(())
+    }
+}
+
+impl Settings {
+    /// `Err`: what is expected instead.
+    fn set_acme(&mut self, key: &str, value: &str) -> Result<(), &'static str> {
+        let is_plain = value.bytes().all(|byte| byte.is_ascii_graphic());
+        match key {
+            "acme_directory"
+                if !is_plain || !value.starts_with("https://") || value.len() > URL_BYTES_MAX =>
+            {
+                Err("the URL of an ACME directory, which begins with https://")
+            }
+            "acme_email" if !value.is_empty() && (!is_plain || !value.contains('@') || value.len() > 254) => {
+                Err("an e-mail address, or nothing")
+            }
+            "acme_ca" if !value.is_empty() && SecretName::new(value).is_err() => {
+                Err("the name of a secret, or nothing")
+            }
+            _ => {
+                match key {
+                    "acme_directory" => self.acme_directory = value.into(),
+                    "acme_email" => self.acme_email = value.into(),
+                    _ => self.acme_ca = value.into(),
+                }
+                Ok(())
+            }
+        }
     }
 }
 

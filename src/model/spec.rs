@@ -5,6 +5,7 @@
 
 use super::artifact::Digest;
 use super::ids::AppName;
+use super::secret::SecretName;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -18,6 +19,8 @@ pub struct AppSpec {
     pub services: BTreeMap<String, ServiceSpec>,
     /// Named volumes and writable directories that services mount, by name.
     pub volumes: BTreeMap<String, VolumeSpec>,
+    /// Secrets that the file itself brings: they belong to the app and go when it no longer names them.
+    pub secrets: BTreeSet<SecretName>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,6 +66,20 @@ pub struct ServiceSpec {
     pub container_name: Option<String>,
     /// `x-tinydc.affinity: client`: a client stays with one endpoint.
     pub has_client_affinity: bool,
+    pub secrets: Vec<SecretUse>,
+}
+
+/// A secret as a file in the container's memory, never on a disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecretUse {
+    pub secret: SecretName,
+    /// Absolute: `/run/secrets/NAME` unless the file says otherwise.
+    pub target: String,
+    pub uid: u32,
+    pub gid: u32,
+    pub mode: u32,
+    /// As of the deploy, which fills it in: a changed secret is a changed service.
+    pub version: u64,
 }
 
 /// How a service takes part in a network.
@@ -256,6 +273,7 @@ impl ServiceSpec {
             networks: BTreeMap::new(),
             container_name: None,
             has_client_affinity: false,
+            secrets: Vec::new(),
         }
     }
 

@@ -1,6 +1,6 @@
 //! What others have set on this machine that keeps traffic from containers: named, with the line that cures it.
 
-use super::lan::{self, Interface};
+use super::lan;
 use super::netlink::{Batch, DUMP, Socket, attributes};
 use super::nft::table::TABLE;
 use std::io;
@@ -32,24 +32,15 @@ pub fn obstacles(container_range: Ipv4Addr, vip_range: Ipv4Addr) -> Vec<Obstacle
     // Without netfilter there is nothing to be in the way.
     let chains = dropping_chains().unwrap_or_default();
     let mut found: Vec<Obstacle> = chains.iter().map(|chain| explain(chain, container_range)).collect();
-    let interfaces = lan::interfaces().unwrap_or_default();
+    let networks = lan::networks();
     for (range, what) in [(container_range, "containers"), (vip_range, "services")] {
-        found.extend(interfaces.iter().filter(|one| overlaps(one, range)).map(|one| Obstacle {
-            text: format!(
-                "{} has {}/{}, which overlaps the range of {what}, {range}/16",
-                one.name, one.address, one.prefix_length
-            ),
+        found.extend(networks.iter().filter(|one| one.overlaps(range)).map(|one| Obstacle {
+            text: format!("the network {one} overlaps the range of {what}, {range}/16"),
             remedy: "give that network another range at the router; the cluster's ranges are fixed at `tinydc init`"
                 .into(),
         }));
     }
     found
-}
-
-fn overlaps(interface: &Interface, range: Ipv4Addr) -> bool {
-    let whole =
-        Interface { address: range, prefix_length: interface.prefix_length.min(16), ..interface.clone() };
-    whole.contains(interface.address)
 }
 
 fn dropping_chains() -> io::Result<Vec<DroppingChain>> {

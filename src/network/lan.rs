@@ -1,6 +1,9 @@
 //! The interfaces of this node that lead to its LANs.
 
-use std::collections::BTreeMap;
+use super::link;
+use super::netlink::Socket;
+use crate::model::LocalNetwork;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::Ipv4Addr;
 
@@ -23,7 +26,8 @@ impl Interface {
 
 /// tinydc's own interfaces: containers, the bridge, the overlay.
 pub fn is_own(name: &str) -> bool {
-    name.starts_with("tdv-") || name == super::BRIDGE || name == super::overlay::VXLAN
+    let is_tunnel = name.starts_with("tdw") || name == super::overlay::VXLAN;
+    is_tunnel || name.starts_with("tdv-") || name == super::BRIDGE
 }
 
 /// All addresses that are not loopback's or tinydc's own. Asked of the kernel by system calls: `/sys` may show another
@@ -55,6 +59,28 @@ pub fn interfaces() -> io::Result<Vec<Interface>> {
         });
     }
     Ok(found)
+}
+
+/// Every network that this machine reaches apart from the cluster's own: those of its interfaces, and routes by others.
+pub fn networks() -> Vec<LocalNetwork> {
+    let own = interfaces().unwrap_or_default().into_iter().map(|interface| LocalNetwork {
+        address: interface.address,
+        prefix_length: interface.prefix_length,
+        interface: interface.name,
+    });
+    let mut found: BTreeSet<LocalNetwork> = own.collect();
+    let routed = Socket::route().and_then(|socket| link::networks(&socket)).unwrap_or_default();
+    for (address, prefix_length, index) in routed {
+        let interface = nix::net::if_::if_indextoname(index).ok().and_then(|name| name.into_string().ok());
+        if let Some(interface) = interface.filter(|name| name != "lo" && !is_own(name)) {
+            let is_known =
+                |known: &LocalNetwork| known.prefix_length == prefix_length && known.interface == interface;
+            if !found.iter().any(is_known) {
+                found.insert(LocalNetwork { address, prefix_length, interface });
+            }
+        }
+    }
+    found.into_iter().collect()
 }
 
 /// The interface whose network an address belongs to; one that is a single address has no network.

@@ -47,11 +47,23 @@ pub fn index_of(name: &str) -> io::Result<u32> {
 }
 
 pub fn add_bridge(socket: &Socket, name: &str) -> io::Result<()> {
+    add_plain(socket, name, "bridge")?;
+    set_up(socket, index_of(name)?)
+}
+
+/// A link of a kind that needs no more than a name.
+pub fn add_plain(socket: &Socket, name: &str, kind: &str) -> io::Result<()> {
     let mut batch = Batch::new();
-    batch.message(NEW_LINK, ACK | CREATE | EXCLUSIVE, &link_header(0, UP, UP)).text(IFNAME, name);
+    batch.message(NEW_LINK, ACK | CREATE | EXCLUSIVE, &link_header(0, 0, 0)).text(IFNAME, name);
     batch.nested(LINKINFO, |batch| {
-        batch.text(INFO_KIND, "bridge");
+        batch.text(INFO_KIND, kind);
     });
+    socket.send(&batch)
+}
+
+pub fn set_mtu(socket: &Socket, index: u32, mtu: u32) -> io::Result<()> {
+    let mut batch = Batch::new();
+    batch.message(NEW_LINK, ACK, &link_header(index, 0, 0)).native(MTU, mtu);
     socket.send(&batch)
 }
 
@@ -130,29 +142,49 @@ pub fn mtus(socket: &Socket) -> io::Result<BTreeMap<u32, u32>> {
     Ok(found)
 }
 
-/// Routes that tinydc makes: static ones of the main table, by a gateway.
-pub fn routes(socket: &Socket) -> io::Result<Vec<Route>> {
+/// One row of the main table of routes.
+struct TableRow {
+    route: Route,
+    protocol: u8,
+}
+
+fn table_rows(socket: &Socket) -> io::Result<Vec<TableRow>> {
     let mut batch = Batch::new();
     batch.message(GET_ROUTE, DUMP, &[libc::AF_INET as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     let mut found = Vec::new();
     socket.dump(&batch, &mut |body| {
         let (Some(header), Some(rest)) = (body.get(..12), body.get(12..)) else { return };
-        if header[0] != libc::AF_INET as u8 || header[4] != TABLE_MAIN || header[5] != PROTOCOL_STATIC {
+        if header[0] != libc::AF_INET as u8 || header[4] != TABLE_MAIN || header[7] != UNICAST {
             return;
         }
         let value = |wanted: u16| {
             let (_, bytes) = attributes(rest).find(|(kind, _)| *kind == wanted)?;
             <[u8; 4]>::try_from(bytes).ok()
         };
-        let (Some(to), Some(via)) = (value(1), value(5)) else { return };
-        found.push(Route {
-            to: Some((Ipv4Addr::from(to), header[1])),
-            via: Some(Ipv4Addr::from(via)),
+        let route = Route {
+            to: value(1).map(|to| (Ipv4Addr::from(to), header[1])),
+            via: value(5).map(Ipv4Addr::from),
             link: value(4).map_or(0, u32::from_ne_bytes),
             is_on_link: false,
-        });
+        };
+        found.push(TableRow { route, protocol: header[5] });
     })?;
     Ok(found)
+}
+
+/// Routes that tinydc makes: static ones.
+pub fn routes(socket: &Socket) -> io::Result<Vec<Route>> {
+    let rows = table_rows(socket)?.into_iter();
+    Ok(rows
+        .filter(|row| row.protocol == PROTOCOL_STATIC && row.route.to.is_some())
+        .map(|row| row.route)
+        .collect())
+}
+
+/// Networks that somebody has a route to, with its link; not the default route.
+pub fn networks(socket: &Socket) -> io::Result<Vec<(Ipv4Addr, u8, u32)>> {
+    let rows = table_rows(socket)?.into_iter();
+    Ok(rows.filter_map(|row| row.route.to.map(|(to, length)| (to, length, row.route.link))).collect())
 }
 
 /// A pair of which one end is here, on a bridge if `master` is one, and the other is `eth0` in another namespace.
@@ -177,6 +209,13 @@ pub fn add_veth(
             });
         });
     });
+    socket.send(&batch)
+}
+
+/// Makes a link a port of a bridge.
+pub fn set_master(socket: &Socket, index: u32, master: u32) -> io::Result<()> {
+    let mut batch = Batch::new();
+    batch.message(NEW_LINK, ACK, &link_header(index, 0, 0)).native(MASTER, master);
     socket.send(&batch)
 }
 
@@ -228,6 +267,22 @@ pub struct Route {
     pub link: u32,
     /// The gateway needs no route of its own.
     pub is_on_link: bool,
+}
+
+/// Whatever has no narrower route is refused at once instead of leaving by the default route.
+const UNREACHABLE: u8 = 7;
+/// Any other route goes before it.
+const LAST_PRIORITY: u32 = u32::MAX;
+
+/// Refuses what goes to a network, unless there is a narrower route.
+pub fn change_barrier(socket: &Socket, (network, length): (Ipv4Addr, u8), is_wanted: bool) -> io::Result<()> {
+    const PRIORITY: u16 = 6;
+    let (kind, flags) = if is_wanted { (NEW_ROUTE, ACK | CREATE | REPLACE) } else { (DELETE_ROUTE, ACK) };
+    let mut header = vec![libc::AF_INET as u8, length, 0, 0, TABLE_MAIN, PROTOCOL_STATIC, 0, UNREACHABLE];
+    header.extend(0u32.to_ne_bytes());
+    let mut batch = Batch::new();
+    batch.message(kind, flags, &header).attribute(1, &network.octets()).native(PRIORITY, LAST_PRIORITY);
+    socket.send(&batch)
 }
 
 fn route_message(batch: &mut Batch, kind: u16, flags: u16, route: &Route) {

@@ -21,22 +21,27 @@ pub mod netlink;
 mod nft;
 pub mod overlay;
 pub mod relay;
+mod reset;
+pub mod wireguard;
 
 pub use hold::Taken;
 pub use nft::table::{PortKey, PortRow, VipRow, Wanted};
 
 use crate::linux::netns;
+use conntrack::Conversation;
 use hold::Holds;
 use netlink::Socket;
 use nft::{Shape, Table};
+use nix::sys::socket::{setsockopt, sockopt};
 use overlay::{Numbers, Way};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
+use wireguard::{PublicKey, Slot, Tunnel, TunnelError, TunnelPeer};
 
 pub const BRIDGE: &str = "tdc0";
 const MTU: u32 = 1500;
@@ -79,12 +84,23 @@ pub struct NetworkConfig {
     pub run_dir: PathBuf,
 }
 
+/// Where another node is, and how its containers are to be reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reach {
+    pub address: Ipv4Addr,
+    /// Through this tunnel; otherwise in clear.
+    pub sealed: Option<Slot>,
+}
+
 pub struct Network {
     config: NetworkConfig,
     bridge_address: Ipv4Addr,
     ways: Mutex<BTreeMap<u8, Way>>,
+    tunnels: Mutex<BTreeMap<Slot, Tunnel>>,
     table: Mutex<Table>,
     holds: Mutex<Holds>,
+    /// Says when somebody deletes the table.
+    table_changes: Option<Socket>,
 }
 
 impl Network {
@@ -108,11 +124,11 @@ impl Network {
             .map_err(kernel(format!("give {BRIDGE} the address {bridge_address}")))?;
         let vips = link::Route { to: Some((config.vip_range, 16)), via: None, link: index, is_on_link: true };
         link::add_route(&socket, &vips).map_err(kernel("route to the services' addresses"))?;
+        // A container that is not to be reached is refused, not looked for at the router, in clear.
+        link::change_barrier(&socket, (config.container_range, 16), true)
+            .map_err(kernel("keep containers' traffic off the default route"))?;
         set_sysctl("net/ipv4/ip_forward", "1")?;
         set_sysctl("net/ipv4/conf/all/send_redirects", "0")?;
-        // Published ports answer on loopback too, wherever the container is. The table drops what comes from outside and
-        // is addressed to loopback.
-        set_sysctl(ROUTE_LOCALNET, "1")?;
         let shape = Shape {
             cluster: (config.container_range, 16),
             node: (bridge_address, 24),
@@ -123,8 +139,11 @@ impl Network {
             config,
             bridge_address,
             ways: Mutex::default(),
+            tunnels: Mutex::default(),
             table: Mutex::new(Table::new(shape)),
             holds: Mutex::default(),
+            // Without it the table is looked after now and then all the same.
+            table_changes: Socket::table_changes().ok(),
         };
         let found = network.found_ways(&socket).map_err(kernel("list routes"))?;
         *network.ways.lock().unwrap_or_else(PoisonError::into_inner) = found;
@@ -209,12 +228,44 @@ impl Network {
         table.apply(&socket, wanted).map_err(kernel(
             "change the nftables table; the kernel needs nf_tables with nat, fib and numgen",
         ))?;
+        // Published ports answer on loopback too, wherever the container is: only now, as the table drops what comes from
+        // outside and is addressed to loopback.
+        set_sysctl(ROUTE_LOCALNET, "1")?;
+        let mut waiting = Vec::new();
         for endpoint in dead {
+            // Clients elsewhere, and all of them where this fails, learn of it with their next packet.
+            waiting.extend(conntrack::conversations(&socket, *endpoint).unwrap_or_default());
             conntrack::forget(&socket, *endpoint)
                 .map_err(kernel(format!("forget connections to {endpoint}")))?;
         }
+        self.reset_clients(&waiting);
         let mut holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(holds.set(&wanted.ports.keys().copied().collect()))
+    }
+
+    /// Ends connections of clients on this node, in whichever namespace they are.
+    fn reset_clients(&self, conversations: &[Conversation]) {
+        if conversations.is_empty() {
+            return;
+        }
+        // A kernel that can't, leaves it to the next packet.
+        let _ = reset::reset(conversations);
+        let entries = fs::read_dir(self.config.run_dir.join("netns")).into_iter().flatten().flatten();
+        for entry in entries {
+            // Gone meanwhile, with its clients.
+            let _ = netns::in_netns(&entry.path(), || reset::reset(conversations));
+        }
+    }
+
+    /// Whether somebody has deleted the table since this was last asked.
+    pub fn was_table_deleted(&self) -> bool {
+        let mut is_deleted = false;
+        let news = self
+            .table_changes
+            .as_ref()
+            .map(|socket| socket.news(&mut |kind, body| is_deleted |= nft::table::is_deletion(kind, body)));
+        // Too many to hear them all: it may be among them.
+        is_deleted || news.is_some_and(|outcome| outcome.is_err())
     }
 
     /// How many connections each container answers, by its address, as this node's kernel tracks them.
@@ -233,26 +284,31 @@ impl Network {
         self.holds.lock().unwrap_or_else(PoisonError::into_inner).check(keys)
     }
 
-    /// Brings the ways to the other nodes' containers to what their addresses on the LAN ask for, by node number. A
-    /// member whose address is not known now keeps its way, also one that an earlier run has made.
+    /// Brings the ways to the other nodes' containers to what is wanted, by node number. A member of which nothing is
+    /// known now keeps its way, also one that an earlier run has made, unless that is in clear and must not be.
     pub fn set_peers(
         &self,
-        wanted: &BTreeMap<u8, Ipv4Addr>,
+        wanted: &BTreeMap<u8, Reach>,
         members: &BTreeSet<u8>,
+        is_clear_allowed: bool,
     ) -> Result<(), NetworkError> {
         let interfaces = lan::interfaces().map_err(kernel("list interfaces"))?;
         let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
         let numbers = self.numbers();
         let mut ways = self.ways.lock().unwrap_or_else(PoisonError::into_inner);
         for (number, way) in ways.clone() {
-            if !members.contains(&number) {
+            let is_forbidden = !is_clear_allowed && !way.is_sealed() && !wanted.contains_key(&number);
+            if !members.contains(&number) || is_forbidden {
                 overlay::drop_way(&socket, &numbers, number, way);
                 ways.remove(&number);
             }
         }
         let mut first_error = None;
-        for (number, address) in wanted {
-            let way = Way::choose(*address, &interfaces);
+        for (number, reach) in wanted {
+            let way = match reach.sealed {
+                Some(slot) => Way::Sealed { to: reach.address, slot },
+                None => Way::choose(reach.address, &interfaces),
+            };
             let old = ways.get(number).copied();
             if old == Some(way) {
                 continue;
@@ -262,16 +318,90 @@ impl Network {
                     ways.insert(*number, way);
                 }
                 Err(error) => {
-                    let step = format!("reach node {number} at {address} ({})", way.name());
+                    let step = format!("reach node {number} at {} ({})", reach.address, way.name());
                     first_error = first_error.or(Some(kernel(step)(error)));
                 }
             }
         }
         let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        let peers = ways.values().map(Way::address).filter(|address| !address.is_unspecified());
-        table.set_peers(&netfilter, peers.collect()).map_err(kernel("tell the table where the nodes are"))?;
+        let clear = ways.values().filter(|way| !way.is_sealed());
+        let peers = clear.map(Way::address).filter(|address| !address.is_unspecified()).collect();
+        let others = members.iter().filter(|number| **number != numbers.own && !is_clear_allowed);
+        let sealed = others.map(|number| numbers.network(*number)).collect();
+        table.set_peers(&netfilter, peers, sealed).map_err(kernel("tell the table where the nodes are"))?;
         first_error.map_or(Ok(()), Err)
+    }
+
+    /// Makes an encrypted tunnel with a new key; its place and what others need to know of it.
+    pub fn open_tunnel(&self) -> Result<(Slot, PublicKey), TunnelError> {
+        let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = || Slot::ALL.into_iter().filter(|slot| !tunnels.contains_key(slot));
+        // One that an earlier run has left serves until the new one does.
+        let untouched = free().find(|slot| link::index_of(slot.link_name()).is_err());
+        let slot = untouched.or_else(|| free().next()).ok_or(TunnelError::Both)?;
+        let lan_mtu = Socket::route().map_or(MTU, |socket| overlay::lan_mtu(&socket));
+        let numbers = self.numbers();
+        let tunnel = Tunnel::create(slot, numbers.network(numbers.own), lan_mtu)?;
+        // Two nodes never change at the same moment: what comes through one tunnel may be answered through another.
+        let loose = set_sysctl(&format!("net/ipv4/conf/{}/rp_filter", slot.link_name()), "2");
+        loose.map_err(|error| TunnelError::Kernel {
+            step: error.to_string(),
+            source: io::ErrorKind::Other.into(),
+        })?;
+        let key = tunnel.public_key();
+        tunnels.insert(slot, tunnel);
+        Ok((slot, key))
+    }
+
+    /// How a tunnel is done, for people.
+    pub fn tunnel_kind(&self, slot: Slot) -> Option<&'static str> {
+        self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).get(&slot).map(Tunnel::kind)
+    }
+
+    /// A node's container network in the tunnel's terms.
+    pub fn tunnel_peer(&self, number: u8, public_key: PublicKey, endpoint: SocketAddrV4) -> TunnelPeer {
+        TunnelPeer { public_key, endpoint, network: self.numbers().network(number) }
+    }
+
+    pub fn put_tunnel_peer(&self, slot: Slot, peer: TunnelPeer) -> Result<(), TunnelError> {
+        let tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+        tunnels.get(&slot).map_or(Ok(()), |tunnel| tunnel.put_peer(peer))
+    }
+
+    /// Sends a peer something that it drops, so that the two shake hands before anything waits for it.
+    pub fn greet_through(&self, slot: Slot, number: u8) {
+        const DISCARD: u16 = 9;
+        let greet = || -> io::Result<usize> {
+            let socket = std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+            setsockopt(&socket, sockopt::BindToDevice, &slot.link_name().into())?;
+            socket.send_to(&[0], (self.numbers().network(number), DISCARD))
+        };
+        // Without it the first packet does.
+        let _ = greet();
+    }
+
+    pub fn remove_tunnel_peer(&self, slot: Slot, public_key: &PublicKey) {
+        let tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(tunnel) = tunnels.get(&slot) {
+            tunnel.remove_peer(public_key);
+        }
+    }
+
+    /// Takes away every tunnel but those in `keep`, also what an earlier run has left.
+    pub fn keep_tunnels(&self, keep: &BTreeSet<Slot>) -> Result<(), NetworkError> {
+        let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
+        let mut tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+        for slot in Slot::ALL.into_iter().filter(|slot| !keep.contains(slot)) {
+            match tunnels.remove(&slot) {
+                Some(tunnel) => tunnel.delete(),
+                None => Tunnel::delete_leftover(&socket, slot),
+            }
+        }
+        // Their routes went with them.
+        let is_gone = |way: &Way| matches!(way, Way::Sealed { slot, .. } if !keep.contains(slot));
+        self.ways.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, way| !is_gone(way));
+        Ok(())
     }
 
     /// The ways as they are, by node number.
@@ -287,14 +417,20 @@ impl Network {
     fn found_ways(&self, socket: &Socket) -> io::Result<BTreeMap<u8, Way>> {
         let range = self.config.container_range.octets();
         let tunnel = link::index_of(overlay::VXLAN).ok();
+        let sealed: BTreeMap<u32, Slot> = Slot::ALL
+            .into_iter()
+            .filter_map(|slot| Some((link::index_of(slot.link_name()).ok()?, slot)))
+            .collect();
         let ways = link::routes(socket)?.into_iter().filter_map(|route| {
             let (to, length) = route.to?;
             let [first, second, number, _] = to.octets();
-            let via = route.via?;
             // Where a tunnel leads is not in the route: it is written anew.
-            let way = match Some(route.link) == tunnel {
-                true => Way::Tunnel { to: Ipv4Addr::UNSPECIFIED },
-                false => Way::Direct { via },
+            let to = Ipv4Addr::UNSPECIFIED;
+            let way = match (route.via, sealed.get(&route.link)) {
+                (_, Some(slot)) => Way::Sealed { to, slot: *slot },
+                (Some(_), None) if Some(route.link) == tunnel => Way::Tunnel { to },
+                (Some(via), None) => Way::Direct { via },
+                (None, None) => return None,
             };
             ([first, second] == range[..2] && length == 24).then_some((number, way))
         });
@@ -317,11 +453,14 @@ impl Network {
     /// Leaves no trace: namespaces, routes, table, bridge.
     pub fn erase(&self) -> Result<(), NetworkError> {
         self.sweep(&BTreeSet::new())?;
-        self.set_peers(&BTreeMap::new(), &BTreeSet::new())?;
+        self.set_peers(&BTreeMap::new(), &BTreeSet::new(), true)?;
+        self.keep_tunnels(&BTreeSet::new())?;
         set_sysctl(ROUTE_LOCALNET, "0")?;
         let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
         nft::table::delete_table(&netfilter).map_err(kernel("delete the nftables table"))?;
         let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
+        // Gone already if somebody else has tidied up.
+        let _ = link::change_barrier(&socket, (self.config.container_range, 16), false);
         for name in [BRIDGE, overlay::VXLAN] {
             if let Ok(index) = link::index_of(name) {
                 link::delete(&socket, index).map_err(kernel(format!("delete {name}")))?;

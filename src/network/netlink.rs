@@ -36,12 +36,31 @@ impl Socket {
         Socket::open(SockProtocol::NetlinkNetFilter)
     }
 
+    pub fn generic() -> io::Result<Socket> {
+        Socket::open(SockProtocol::NetlinkGeneric)
+    }
+
+    /// Asks about sockets.
+    pub fn diagnosis() -> io::Result<Socket> {
+        Socket::open(SockProtocol::NetlinkSockDiag)
+    }
+
+    /// Hears of every change to nftables' tables.
+    pub fn table_changes() -> io::Result<Socket> {
+        const TABLES: u32 = 1 << 6;
+        Socket::open_for(SockProtocol::NetlinkNetFilter, TABLES)
+    }
+
     fn open(protocol: SockProtocol) -> io::Result<Socket> {
+        Socket::open_for(protocol, 0)
+    }
+
+    fn open_for(protocol: SockProtocol, groups: u32) -> io::Result<Socket> {
         let fd = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
         // Large batches need room; without the privilege for more the default has to do.
         let _ = setsockopt(&fd, sockopt::SndBufForce, &BUFFER_BYTES);
         let _ = setsockopt(&fd, sockopt::RcvBufForce, &BUFFER_BYTES);
-        bind(fd.as_raw_fd(), &NetlinkAddr::new(0, 0))?;
+        bind(fd.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
         Ok(Socket { fd })
     }
 
@@ -69,6 +88,22 @@ impl Socket {
             }
         }
         first_error.map_or(Ok(()), Err)
+    }
+
+    /// What was announced since the last time: `visit` gets each message's kind and body. An error if some was missed.
+    pub fn news(&self, visit: &mut dyn FnMut(u16, &[u8])) -> io::Result<()> {
+        let mut buffer = vec![0; 16 << 10];
+        loop {
+            let length = match recv(self.fd.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+                Ok(length) => length,
+                Err(nix::errno::Errno::EAGAIN) => return Ok(()),
+                Err(error) => return Err(error.into()),
+            };
+            let mut rest = &buffer[..length];
+            while let Some(message) = next_message(&mut rest) {
+                visit(u16::from_ne_bytes([message[4], message[5]]), &message[HEADER_BYTES..]);
+            }
+        }
     }
 
     /// Sends one request for a whole table; `visit` gets the body of each row.

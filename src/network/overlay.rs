@@ -1,4 +1,4 @@
-//! Ways to the other nodes' containers: straight over a LAN that both are on, else in a VXLAN tunnel.
+//! Ways to the other nodes' containers: straight over a LAN that both are on, else in a VXLAN tunnel; or encrypted.
 //!
 //! Input: by node number, each node's address on the LAN. Output: a route each. A tunnel has no learning and no
 //! broadcast: who is where is written into it. Both ways are always received, so that two nodes need not change at the
@@ -7,6 +7,7 @@
 use super::lan::{self, Interface};
 use super::link::{self, Route};
 use super::netlink::Socket;
+use super::wireguard::Slot;
 use std::collections::BTreeSet;
 use std::io;
 use std::net::Ipv4Addr;
@@ -23,6 +24,8 @@ pub enum Way {
     Direct { via: Ipv4Addr },
     /// Behind a router.
     Tunnel { to: Ipv4Addr },
+    /// Through WireGuard, wherever it is.
+    Sealed { to: Ipv4Addr, slot: Slot },
 }
 
 impl Way {
@@ -37,14 +40,19 @@ impl Way {
         match self {
             Way::Direct { .. } => "direct",
             Way::Tunnel { .. } => "vxlan",
+            Way::Sealed { .. } => "wireguard",
         }
     }
 
     pub fn address(&self) -> Ipv4Addr {
         match self {
             Way::Direct { via } => *via,
-            Way::Tunnel { to } => *to,
+            Way::Tunnel { to } | Way::Sealed { to, .. } => *to,
         }
+    }
+
+    pub fn is_sealed(&self) -> bool {
+        matches!(self, Way::Sealed { .. })
     }
 }
 
@@ -85,11 +93,12 @@ pub fn set_way(socket: &Socket, numbers: &Numbers, number: u8, old: Option<Way>,
             let route = Route { to: Some((network, 24)), via: Some(network), link: index, is_on_link: true };
             link::add_route(socket, &route)?;
         }
+        Way::Sealed { slot, .. } => link::add_route(socket, &sealed_route(network, slot)?)?,
     }
     if let Some(Way::Tunnel { to }) = old.filter(|old| *old != way) {
         let stays = matches!(way, Way::Tunnel { to: new } if new == to);
         if !stays {
-            forget_tunnel(socket, numbers, number, to, matches!(way, Way::Direct { .. }));
+            forget_tunnel(socket, numbers, number, to, !matches!(way, Way::Tunnel { .. }));
         }
     }
     Ok(())
@@ -106,19 +115,28 @@ fn forget_tunnel(socket: &Socket, numbers: &Numbers, number: u8, to: Ipv4Addr, i
 
 pub fn drop_way(socket: &Socket, numbers: &Numbers, number: u8, way: Way) {
     let network = numbers.network(number);
-    let (via, is_on_link) = match way {
-        Way::Direct { via } => (via, false),
-        Way::Tunnel { .. } => (network, true),
-    };
-    let link = match is_on_link {
-        true => link::index_of(VXLAN).unwrap_or(0),
-        false => 0,
+    let route = match way {
+        Way::Direct { via } => {
+            Ok(Route { to: Some((network, 24)), via: Some(via), link: 0, is_on_link: false })
+        }
+        Way::Tunnel { .. } => link::index_of(VXLAN).map(|link| Route {
+            to: Some((network, 24)),
+            via: Some(network),
+            link,
+            is_on_link: true,
+        }),
+        Way::Sealed { slot, .. } => sealed_route(network, slot),
     };
     // Gone with the link it went by.
-    let _ = link::delete_route(socket, &Route { to: Some((network, 24)), via: Some(via), link, is_on_link });
+    let _ = route.and_then(|route| link::delete_route(socket, &route));
     if let Way::Tunnel { to } = way {
         forget_tunnel(socket, numbers, number, to, true);
     }
+}
+
+fn sealed_route(network: Ipv4Addr, slot: Slot) -> io::Result<Route> {
+    let link = link::index_of(slot.link_name())?;
+    Ok(Route { to: Some((network, 24)), via: None, link, is_on_link: true })
 }
 
 /// The tunnel's link, made when it is first needed.
@@ -134,7 +152,7 @@ fn tunnel(socket: &Socket, numbers: &Numbers) -> io::Result<u32> {
 }
 
 /// Of the narrowest LAN.
-fn lan_mtu(socket: &Socket) -> u32 {
+pub fn lan_mtu(socket: &Socket) -> u32 {
     const USUAL: u32 = 1500;
     let lans: BTreeSet<u32> =
         lan::interfaces().unwrap_or_default().iter().map(|interface| interface.index).collect();

@@ -6,7 +6,9 @@
 use super::machine;
 use crate::api::ApiError;
 use crate::api::wire::{InitRequest, JoinBody};
+use crate::model::limits::LOCAL_NETWORKS_MAX;
 use crate::model::*;
+use crate::network::lan;
 use crate::state::{Cluster, Command, JoinNode};
 use crate::storage::SqliteStore;
 use crate::transport::authority::Authority;
@@ -41,33 +43,20 @@ fn parse_range(text: &str, what: &str) -> Result<Ipv4Addr, ApiError> {
     Ok(Ipv4Addr::new(first, second, 0, 0))
 }
 
-/// The networks of this machine's interfaces: address and prefix length.
-fn interface_networks() -> Vec<(Ipv4Addr, u8)> {
-    let Ok(interfaces) = nix::ifaddrs::getifaddrs() else { return Vec::new() };
-    interfaces
-        .filter_map(|interface| {
-            let address = interface.address?.as_sockaddr_in()?.ip();
-            let mask = interface.netmask?.as_sockaddr_in()?.ip();
-            Some((address, u32::from(mask).leading_ones() as u8))
-        })
-        .collect()
-}
-
-fn overlaps(range: Ipv4Addr, (address, length): (Ipv4Addr, u8)) -> bool {
-    let shift = 32 - u32::from(length.min(16));
-    u32::from(range).checked_shr(shift).unwrap_or(0) == u32::from(address).checked_shr(shift).unwrap_or(0)
-}
-
-/// The range, if no interface of this machine lies in it; else an error that proposes a free one.
+/// The range, if no network of this machine lies in it; else an error that proposes a free one.
 fn free_range(range: Ipv4Addr, what: &str, taken: Option<Ipv4Addr>) -> Result<Ipv4Addr, ApiError> {
-    let networks = interface_networks();
-    let is_free =
-        |range: Ipv4Addr| Some(range) != taken && !networks.iter().any(|network| overlaps(range, *network));
-    if is_free(range) {
-        return Ok(range);
-    }
-    let proposal = (64..=254u8).map(|second| Ipv4Addr::new(10, second, 0, 0)).find(|range| is_free(*range));
-    let error = ApiError::rejected(format!("the {what} {range}/16 overlaps a network of this machine"));
+    let networks = lan::networks();
+    let in_the_way = |range: Ipv4Addr| networks.iter().find(|network| network.overlaps(range));
+    let Some(network) = in_the_way(range).map(ToString::to_string) else {
+        return match Some(range) == taken {
+            true => Err(ApiError::rejected(format!("the {what} {range}/16 is taken by the other one"))),
+            false => Ok(range),
+        };
+    };
+    let is_free = |range: &Ipv4Addr| Some(*range) != taken && in_the_way(*range).is_none();
+    let proposal = (64..=254u8).map(|second| Ipv4Addr::new(10, second, 0, 0)).find(is_free);
+    let error =
+        ApiError::rejected(format!("the {what} {range}/16 overlaps a network of this machine, {network}"));
     Err(match proposal {
         Some(free) => error
             .hint(format!("{free}/16 is free: tinydc init --{what} {free}/16").replace(" range", "-range")),
@@ -178,6 +167,7 @@ pub async fn join(
         memory_bytes: size.memory_bytes,
         store_id: StoreId(store_id),
         replace: wish.replace.clone(),
+        networks: lan::networks().into_iter().take(LOCAL_NETWORKS_MAX).collect(),
     };
     let reply =
         join::join(executor, &token, &node_key, JoinSubject::Node(facts)).await.map_err(join_error)?;
@@ -272,14 +262,5 @@ mod tests {
         {
             assert!(parse_range(bad, "x").is_err(), "{bad}");
         }
-    }
-
-    #[test]
-    fn networks_overlap_when_one_holds_the_other() {
-        let range = Ipv4Addr::new(10, 77, 0, 0);
-        assert!(overlaps(range, (Ipv4Addr::new(10, 77, 3, 4), 24)));
-        assert!(overlaps(range, (Ipv4Addr::new(10, 1, 2, 3), 8)));
-        assert!(!overlaps(range, (Ipv4Addr::new(10, 78, 0, 1), 16)));
-        assert!(!overlaps(range, (Ipv4Addr::new(192, 168, 1, 1), 24)));
     }
 }

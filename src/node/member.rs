@@ -2,10 +2,13 @@
 
 use super::outgoing::{Carrier, Late, from_bytes};
 use super::{Awaiting, Config, Ended, Stop, founding, machine};
-use crate::agent::{Agent, AgentConfig, Artifacts, Ground, keep_leases, machine_end};
+use crate::agent::{
+    Agent, AgentConfig, Artifacts, Ground, Secrets, Ways, WaysKeeper, keep_leases, machine_end,
+};
 use crate::api::wire::{InitReply, JoinDone, TokenRequest};
 use crate::api::{
-    ApiError, Backend, Connection, Server, answer_join, confirm_cluster_key, create_token, peer,
+    ApiError, Backend, Connection, Server, answer_join, confirm_cluster_key, create_token, keep_certificates,
+    open_sealed, peer,
 };
 use crate::consensus::{Message, MessageType};
 use crate::control::{ControlConfig, Input};
@@ -100,6 +103,9 @@ pub(crate) async fn run(
         smol::unblock(move || {
             if let Err(error) = ground.runtime.erase() {
                 warn!(%error, "remove containers");
+            }
+            if let Err(error) = ground.secrets.erase() {
+                warn!(%error, "forget secrets");
             }
             if let Err(error) = ground.network.erase() {
                 warn!(%error, "take down the network");
@@ -227,6 +233,7 @@ impl<'a> Run<'a> {
             transport: self.transport.clone(),
             agent,
             ground: ground.clone(),
+            ways: Arc::new(Ways::new(self.start_id)),
             executor: self.executor.clone(),
             identity: Mutex::new(self.identity.clone()),
             leave,
@@ -234,6 +241,7 @@ impl<'a> Run<'a> {
         });
         let _ = self.late.backend.set(backend.clone());
         self.tasks.push(self.executor.spawn(confirm_cluster_key(backend.clone())));
+        self.tasks.push(self.executor.spawn(keep_certificates(backend.clone())));
         let server = Server::new(backend.clone());
         let _ = self.server.set(server.clone());
         self.tasks.push(self.executor.spawn(accept_local(
@@ -246,12 +254,21 @@ impl<'a> Run<'a> {
         let tcp =
             Async::<TcpListener>::bind(api_listen).with_context(|| format!("listen on TCP {api_listen}"))?;
         self.tasks.push(self.executor.spawn(accept_tls(tcp, https, server, self.executor.clone())));
-        self.tasks.push(self.executor.spawn(keep_ways(
-            ground,
-            self.transport.clone(),
-            self.replica.handle().clone(),
-            self.node,
-        )));
+        let keeper = WaysKeeper {
+            own: self.node,
+            ways: backend.ways.clone(),
+            network: ground.network.clone(),
+            transport: self.transport.clone(),
+            replica: self.replica.handle().clone(),
+        };
+        self.tasks.push(self.executor.spawn(keeper.run()));
+        self.end_when_removed(leaving);
+        info!(node = %self.node, name = state.node_name(self.node), "node serves");
+        Ok(backend)
+    }
+
+    /// Once the API has taken the wish to leave.
+    fn end_when_removed(&mut self, leaving: async_channel::Receiver<()>) {
         let end = self.end.clone();
         let (leaving_replica, own, mut begin) = (self.replica.handle().clone(), self.node, Instant::now());
         self.tasks.push(self.executor.spawn(async move {
@@ -268,8 +285,6 @@ impl<'a> Run<'a> {
                 let _ = end.send(Ended::Removed).await;
             }
         }));
-        info!(node = %self.node, name = state.node_name(self.node), "node serves");
-        Ok(backend)
     }
 
     fn ground(&self, state: &State) -> Result<Ground> {
@@ -302,7 +317,10 @@ impl<'a> Run<'a> {
             Ok(reader)
         });
         let artifacts = Arc::new(Artifacts::new(self.node, runtime.clone(), data_dir.clone(), peers));
-        Ok(Ground { runtime, network, artifacts, data_dir, lease: Arc::default() })
+        let backend = self.late.backend.clone();
+        let open = Box::new(move |sealed: &_| open_sealed(backend.get(), sealed));
+        let secrets = Arc::new(Secrets::new(self.node, &self.config.run_dir(), open));
+        Ok(Ground { runtime, network, artifacts, data_dir, lease: Arc::default(), secrets })
     }
 
     /// Answers whoever asked for `init` or `join`.
@@ -506,6 +524,11 @@ impl EventPump {
                             backend.agent.hear_hint(from, hint);
                         }
                     }
+                    Ok(PeerFrame::Ways(frame)) => {
+                        if let Some(backend) = self.late.backend.get() {
+                            backend.ways.hear(from, frame);
+                        }
+                    }
                     Ok(PeerFrame::Forward(command)) => {
                         self.replica.input_or_drop(Input::Forwarded { from, command: Box::new(command) });
                     }
@@ -534,7 +557,10 @@ impl EventPump {
                     self.executor.spawn(answer_join(backend, asked)).detach();
                 }
             }
-            Event::Up { .. } => {}
+            Event::Up { claim } => {
+                let hello = &claim.hello;
+                self.replica.input_or_drop(Input::Greeted { peer: hello.node_id, start_id: hello.start_id });
+            }
             Event::Down { peer, .. } => self.replica.input_or_drop(Input::Unreachable { peer }),
             Event::Refused { address, node, refusal, by } => {
                 warn!(%address, ?node, ?by, reason = %refusal, "connection refused");
@@ -582,40 +608,6 @@ async fn keep_members(transport: Transport, replica: Handle, data_dir: std::path
         peer::within(Duration::from_secs(1), watch.changed()).await;
         // Changes come in bursts.
         async_io::Timer::after(Duration::from_millis(20)).await;
-    }
-}
-
-/// Ways to the other nodes' containers follow where those nodes are. A node that is not connected now keeps the way it
-/// had: its containers may serve on without a daemon.
-async fn keep_ways(ground: Ground, transport: Transport, replica: Handle, own: NodeId) {
-    const RENEW_EVERY: Duration = Duration::from_secs(10);
-    let mut known: BTreeMap<NodeId, std::net::Ipv4Addr> = BTreeMap::new();
-    let mut told: Option<(Instant, BTreeMap<u8, std::net::Ipv4Addr>)> = None;
-    loop {
-        let state = replica.state();
-        let connected = transport.connections().into_iter().filter(|(node, _)| *node != own);
-        known.extend(connected.filter_map(
-            |(node, connection)| match connection.address.ip().to_canonical() {
-                std::net::IpAddr::V4(address) => Some((node, address)),
-                std::net::IpAddr::V6(_) => None,
-            },
-        ));
-        known.retain(|node, _| state.nodes.contains(node));
-        let peers: BTreeMap<u8, std::net::Ipv4Addr> = known
-            .iter()
-            .filter_map(|(node, address)| Some((state.nodes.find(node)?.number, *address)))
-            .collect();
-        // Also without news: this node's own interfaces may have changed.
-        let is_due = told.as_ref().is_none_or(|(at, told)| *told != peers || at.elapsed() >= RENEW_EVERY);
-        if is_due {
-            let (network, wanted) = (ground.network.clone(), peers.clone());
-            let members = state.nodes.rows().map(|node| node.number).collect();
-            match smol::unblock(move || network.set_peers(&wanted, &members)).await {
-                Ok(()) => told = Some((Instant::now(), peers)),
-                Err(error) => warn!(error = crate::agent::chain(&error), "ways to other nodes"),
-            }
-        }
-        async_io::Timer::after(Duration::from_millis(500)).await;
     }
 }
 

@@ -7,6 +7,7 @@
 //! Invariant: planning the planned state yields nothing (`plan_is_a_fixpoint`).
 
 pub mod addresses;
+pub mod certificates;
 mod instances;
 mod placement;
 mod reasons;

@@ -13,7 +13,7 @@ mod writer;
 
 pub use published::{Published, Snapshot};
 pub use thread::{Outgoing, Replica, ReplicaConfig, ReplicaError};
-pub use wire::{EndpointHint, PeerFrame, SnapshotHeader, WireError};
+pub use wire::{EndpointHint, Lane, Offer, PeerFrame, SnapshotHeader, WaysFrame, WireError};
 
 use crate::control::{Applied, Input, Status, Undone};
 use crate::model::Timestamp;

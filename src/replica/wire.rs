@@ -15,6 +15,7 @@ pub enum PeerFrame {
     Forward(Command),
     Alive(Alive),
     Endpoints(EndpointHint),
+    Ways(WaysFrame),
 }
 
 /// All instances that a node's agent says don't serve: sent when it changes, and again while it is not empty.
@@ -24,6 +25,49 @@ pub struct EndpointHint {
     /// Grows within one run of the daemon.
     pub seq: u64,
     pub down: Vec<InstanceId>,
+}
+
+/// How traffic between the containers of two nodes goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Lane {
+    Clear,
+    /// Encrypted; all nodes change their keys when the number changes.
+    Sealed {
+        epoch: u64,
+    },
+}
+
+impl Lane {
+    pub fn name(self) -> &'static str {
+        match self {
+            Lane::Clear => "in clear",
+            Lane::Sealed { .. } => "encrypted",
+        }
+    }
+}
+
+/// A lane on which a node takes what comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Offer {
+    pub lane: Lane,
+    /// The node's public key, if it is encrypted.
+    pub key: Option<[u8; 32]>,
+    /// UDP, on the address that the node's daemon is connected by.
+    pub port: u16,
+}
+
+/// What a node tells one other of the traffic between them: sent when it changes, and again now and then.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaysFrame {
+    pub start_id: StartId,
+    /// Grows within one run of the daemon.
+    pub seq: u64,
+    pub offers: Vec<Offer>,
+    /// Those of the other's offers that this node is ready for.
+    pub confirmed: Vec<Offer>,
+    pub sends: Option<Lane>,
+    /// Why this node can't encrypt.
+    pub obstacle: Option<String>,
 }
 
 /// Goes before a snapshot's frames.

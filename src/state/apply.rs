@@ -5,7 +5,7 @@
 
 use super::command::{Command, Envelope, Outcome, Rejection, Reply, RequestMark};
 use super::rows::{Event, StoredOutcome};
-use super::{State, addresses, deploy, members, plan, report};
+use super::{State, addresses, certificates, deploy, members, plan, report, secrets};
 use crate::model::limits::{EVENTS_MAX, OUTCOME_AGE_MS_MAX, OUTCOMES_MAX, STATE_BYTES_MAX};
 use crate::model::*;
 
@@ -81,6 +81,23 @@ impl State {
             Command::AddAddress { address } => addresses::add(self, *address),
             Command::RemoveAddress { address } => addresses::remove(self, *address),
             Command::AssignAddress { address, epoch, to } => addresses::assign(self, *address, *epoch, *to),
+            Command::PutSecret { name, sealed, fingerprint, bytes } => {
+                secrets::put(self, name, sealed, *fingerprint, *bytes)
+            }
+            Command::RemoveSecret { name } => secrets::remove(self, name),
+            Command::PutServingAuthority { certificate, sealed_key } => {
+                certificates::put_authority(self, certificate, sealed_key)
+            }
+            Command::PutCertificate { host, issued } => certificates::put(self, host, issued),
+            Command::NoteCertificateTrouble { host, text, pause_ms } => {
+                certificates::note_trouble(self, host, text, *pause_ms)
+            }
+            Command::ForgetCertificate { host } => certificates::forget(self, host),
+            Command::PutAcmeAccount { directory, sealed_key } => {
+                certificates::put_account(self, directory, sealed_key)
+            }
+            Command::PutChallenges { answers } => certificates::put_challenges(self, answers),
+            Command::RemoveChallenges { tokens } => certificates::remove_challenges(self, tokens),
             Command::Plan { steps } => plan::apply(self, steps),
             Command::Report { node, start_id, report } => report::apply(self, *node, *start_id, report),
         }
@@ -164,5 +181,6 @@ fn may_grow(command: &Command) -> bool {
             | Command::RegisterArtifact { .. }
             | Command::JoinNode { .. }
             | Command::AddAddress { .. }
+            | Command::PutSecret { .. }
     )
 }

@@ -3,7 +3,7 @@
 //! Encoded with postcard behind one format byte. Variants are appended and fields never change: golden bytes of
 //! each are kept by `tests::golden`.
 
-use super::rows::{Cluster, Role, TokenKind};
+use super::rows::{Cluster, IssuedCertificate, Role, TokenKind};
 use crate::model::*;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -175,6 +175,42 @@ pub enum Command {
         address: Ipv4Addr,
         epoch: u64,
         to: NodeId,
+    },
+    /// Sealed by the node that was asked; nobody opens it here.
+    PutSecret {
+        name: SecretName,
+        sealed: Vec<u8>,
+        fingerprint: [u8; 32],
+        bytes: u32,
+    },
+    RemoveSecret {
+        name: SecretName,
+    },
+    PutServingAuthority {
+        certificate: Vec<u8>,
+        sealed_key: Vec<u8>,
+    },
+    PutCertificate {
+        host: String,
+        issued: Box<IssuedCertificate>,
+    },
+    NoteCertificateTrouble {
+        host: String,
+        text: String,
+        pause_ms: u64,
+    },
+    ForgetCertificate {
+        host: String,
+    },
+    PutAcmeAccount {
+        directory: String,
+        sealed_key: Vec<u8>,
+    },
+    PutChallenges {
+        answers: BTreeMap<String, String>,
+    },
+    RemoveChallenges {
+        tokens: Vec<String>,
     },
 }
 

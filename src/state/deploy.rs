@@ -1,9 +1,9 @@
 //! Apps: deployed, scaled, removed; and the images and content they need.
 
-use super::State;
 use super::apply::not_found;
 use super::command::{KeptVolume, Outcome, Rejection, Reply};
 use super::rows::{App, PreviousSpec, Service, Update, Volume, VolumeKey};
+use super::{State, certificates, secrets};
 use crate::compose::ingress_labels::read_ingress_labels;
 use crate::model::limits::{
     CLUSTER_PORTS, INSTANCES_MAX, REPLICAS_MAX, SERVICE_SPEC_BYTES_MAX, SERVICES_PER_APP_MAX,
@@ -17,7 +17,9 @@ const NAMES_PER_ARTIFACT_MAX: usize = 64;
 
 pub fn deploy(state: &mut State, spec: &AppSpec, artifacts: &[Artifact]) -> Outcome {
     check_bounds(state, spec)?;
-    let spec = &with_ports_chosen(state, spec)?;
+    let mut spec = with_ports_chosen(state, spec)?;
+    secrets::note_versions(state, &mut spec)?;
+    let spec = &spec;
     check_ports(state, spec)?;
     check_routes(state, spec)?;
     for artifact in artifacts {
@@ -59,6 +61,9 @@ pub fn deploy(state: &mut State, spec: &AppSpec, artifacts: &[Artifact]) -> Outc
         state.note("deployed", spec.name.to_string(), text);
     }
     sweep_removed(state);
+    secrets::forget_unnamed(state, spec);
+    let routes = spec.services.values().flat_map(|service| read_ingress_labels(&service.labels).routes);
+    certificates::try_again(state, &routes.filter_map(|route| route.host).collect::<Vec<_>>());
     let revision = state.apps.find(&spec.name).map_or(revision, |app| app.revision);
     Ok(Reply::Deployed { revision, changed, removed })
 }
@@ -358,6 +363,7 @@ pub fn remove(state: &mut State, app: &AppName, with_volumes: bool) -> Outcome {
             kept.push(KeptVolume { name: volume.name.clone(), node });
         }
     }
+    secrets::forget_of_app(state, app);
     if known {
         state.apps.update(app, |row| row.is_removed = true);
         state.note("removed", app.to_string(), format!("{app} removed"));

@@ -10,12 +10,14 @@
 
 mod addresses;
 mod apply;
+mod certificates;
 pub mod command;
 mod deploy;
 mod members;
 mod plan;
 mod report;
 pub mod rows;
+mod secrets;
 pub mod snapshot;
 mod table;
 #[cfg(test)]
@@ -30,14 +32,15 @@ pub use command::{
     Rejection, Reply, RequestMark,
 };
 pub use rows::{
-    App, Cluster, Counters, Event, FloatingAddress, Meta, Role, Service, StoredOutcome, Token, TokenKind,
-    Update, User, Volume, VolumeKey,
+    AcmeAccount, App, Certificate, CertificateIssuer, Challenge, Cluster, Counters, Event, FloatingAddress,
+    IssuedCertificate, Meta, Role, Secret, Service, ServingAuthority, StoredOutcome, Token, TokenKind,
+    Trouble, Update, User, Volume, VolumeKey,
 };
 pub use table::{RowChange, RowError, Table};
 
 use crate::model::{
-    AppName, Artifact, Digest, Instance, InstanceId, Node, NodeId, PublicKey, ServiceId, Settings, Timestamp,
-    TokenId,
+    AppName, Artifact, Digest, Instance, InstanceId, Node, NodeId, PublicKey, SecretName, ServiceId,
+    Settings, Timestamp, TokenId,
 };
 use std::net::Ipv4Addr;
 
@@ -101,6 +104,16 @@ tables! {
     14 identity: () => Cluster,
     /// Floating, on the LAN.
     15 addresses: Ipv4Addr => FloatingAddress,
+    /// Sealed with the cluster key; opened only in the memory of those that need one.
+    16 secrets: SecretName => Secret,
+    /// Of the ingress, by host.
+    17 certificates: String => Certificate,
+    /// One row: the CA that signs for hosts.
+    18 serving_authority: () => ServingAuthority,
+    /// By the authority's directory.
+    19 acme_accounts: String => AcmeAccount,
+    /// What every node's ingress answers to an authority that asks for a proof, by token.
+    20 challenges: String => Challenge,
 }
 
 impl State {

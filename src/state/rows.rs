@@ -1,7 +1,8 @@
 //! Rows that only the state knows; those that other layers share are in `model`.
 
 use crate::model::{
-    AppName, ClusterId, Digest, NodeId, PublicKey, RequestId, ServiceId, ServiceSpec, Timestamp, TokenId,
+    AppName, ClusterId, Digest, NodeId, PublicKey, RequestId, SecretName, ServiceId, ServiceSpec, Timestamp,
+    TokenId,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -191,6 +192,93 @@ pub struct FloatingAddress {
     pub epoch: u64,
     /// Cluster time of the last move.
     pub since: Timestamp,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Secret {
+    pub name: SecretName,
+    /// With the cluster key, for the purpose that names this secret.
+    pub sealed: Vec<u8>,
+    /// A keyed hash of what is sealed: tells whether it is the same, and nothing else.
+    pub fingerprint: [u8; 32],
+    /// Of what is sealed.
+    pub bytes: u32,
+    /// Grows when what is sealed changes.
+    pub version: u64,
+    pub created_at: Timestamp,
+    pub changed_at: Timestamp,
+}
+
+/// The second CA: for hosts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ServingAuthority {
+    /// DER.
+    pub certificate: Vec<u8>,
+    pub sealed_key: Vec<u8>,
+}
+
+/// What the ingress shows for a host, or why it has nothing to show.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Certificate {
+    pub host: String,
+    pub issued: Option<IssuedCertificate>,
+    /// Of the last try, if that failed.
+    pub trouble: Option<Trouble>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct IssuedCertificate {
+    pub issuer: CertificateIssuer,
+    pub chain_pem: String,
+    /// PEM, sealed with the cluster key.
+    pub sealed_key: Vec<u8>,
+    /// Seconds since 1970.
+    pub not_before: u64,
+    pub not_after: u64,
+    pub version: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CertificateIssuer {
+    Cluster,
+    Acme { directory: String },
+}
+
+impl CertificateIssuer {
+    pub fn name(&self) -> &str {
+        match self {
+            CertificateIssuer::Cluster => "the cluster's CA",
+            CertificateIssuer::Acme { directory } => directory,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trouble {
+    pub text: String,
+    /// In a row.
+    pub failures: u32,
+    pub at: Timestamp,
+    pub again_at: Timestamp,
+}
+
+impl std::fmt::Display for Trouble {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let times = if self.failures == 1 { "once".to_owned() } else { format!("{} times", self.failures) };
+        write!(f, "{} (tried {times}, again at {})", self.text, self.again_at)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct AcmeAccount {
+    pub directory: String,
+    pub sealed_key: Vec<u8>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Challenge {
+    pub answer: String,
+    pub at: Timestamp,
 }
 
 /// What a write answered, so that a retry gets the same.

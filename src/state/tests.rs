@@ -1,6 +1,7 @@
 //! Rules of the state machine, each with the data that shows it.
 
 use super::*;
+use crate::model::limits::SECRET_BYTES_MAX;
 use crate::model::*;
 use std::collections::BTreeMap;
 
@@ -131,7 +132,7 @@ pub fn deploy(app: &str, services: &[(&str, ServiceSpec)]) -> Command {
         .values()
         .flat_map(|spec| spec.volume_names().map(|name| (name.to_string(), VolumeSpec::default())))
         .collect();
-    let spec = AppSpec { name: AppName::new(app).unwrap(), services, volumes };
+    let spec = AppSpec { name: AppName::new(app).unwrap(), services, volumes, secrets: Default::default() };
     Command::DeployApp { spec: Box::new(spec), artifacts: Vec::new() }
 }
 
@@ -358,12 +359,17 @@ fn golden_bytes_of_entries() {
         let origin = Origin { node: NodeId(1), start_id: StartId(2), counter: 3 };
         Envelope { stamp: Timestamp(4), origin, request: None, command }.encode()
     };
-    let cases: [(Command, &[u8]); 5] = [
+    let cases: [(Command, &[u8]); 7] = [
         (Command::RemoveNode { node: NodeId(5), is_forced: true }, &[1, 4, 1, 2, 3, 0, 2, 5, 1]),
         (Command::NodeStopping { node: NodeId(5), start_id: StartId(6) }, &[1, 4, 1, 2, 3, 0, 4, 5, 6]),
         (Command::RemoveToken { token: TokenId(5) }, &[1, 4, 1, 2, 3, 0, 11, 5]),
         (Command::Plan { steps: Vec::new() }, &[1, 4, 1, 2, 3, 0, 20, 0]),
         (Command::ForgetNode { node: NodeId(5) }, &[1, 4, 1, 2, 3, 0, 22, 5]),
+        (
+            Command::RemoveSecret { name: SecretName::new("a/b").unwrap() },
+            &[1, 4, 1, 2, 3, 0, 27, 3, b'a', b'/', b'b'],
+        ),
+        (Command::RemoveChallenges { tokens: vec!["t".into()] }, &[1, 4, 1, 2, 3, 0, 34, 1, 1, b't']),
     ];
     for (command, bytes) in cases {
         assert_eq!(encode(command.clone()), bytes, "{command:?}");
@@ -421,4 +427,60 @@ fn http_routes_and_a_published_port_exclude_each_other() {
     let refused = applier.apply(change).expect_err("the port is published").to_string();
     assert!(refused.contains("other/proxy") && refused.contains("shop/web"), "{refused}");
     applier.must(Command::ChangeSetting { key: "ingress_http_port".into(), value: "8081".into() });
+}
+
+#[test]
+fn a_secret_in_use_is_kept_and_a_missing_one_refuses_the_deploy() {
+    let mut applier = Applier::with_nodes(2);
+    let name = SecretName::new("shop/db").unwrap();
+    let put = |fingerprint: u8| Command::PutSecret {
+        name: name.clone(),
+        sealed: vec![fingerprint],
+        fingerprint: [fingerprint; 32],
+        bytes: 1,
+    };
+    let mut web = spec("a");
+    let (target, secret) = ("/run/secrets/db".to_string(), name.clone());
+    web.secrets = vec![SecretUse { secret, target, uid: 0, gid: 0, mode: 0o444, version: 0 }];
+    let refused = applier.apply(deploy("shop", &[("web", web.clone())])).unwrap_err();
+    assert!(refused.to_string().contains("tinydc secret set shop/db FILE"), "{refused}");
+    applier.must(put(1));
+    applier.deploy("shop", &[("web", web.clone())]);
+    assert!(!applier.state.needs_secret(NodeId(1), &name), "nothing is assigned yet");
+    let service = applier.state.services.rows().next().unwrap().clone();
+    let create = PlanStep::CreateInstance {
+        service: service.id,
+        service_version: service.version,
+        slot: 1,
+        spec_version: service.spec_version,
+    };
+    applier.must(Command::Plan { steps: vec![create] });
+    let instance = applier.state.instances.rows().next().unwrap().clone();
+    let node = applier.state.nodes.find(&NodeId(2)).unwrap().clone();
+    let assign = PlanStep::Assign {
+        instance: instance.id,
+        instance_version: instance.version,
+        node: node.id,
+        node_version: node.version,
+    };
+    applier.must(Command::Plan { steps: vec![assign] });
+    let needs = |applier: &Applier, node: u64| applier.state.needs_secret(NodeId(node), &name);
+    assert!(needs(&applier, 2) && !needs(&applier, 1), "only the node that runs an instance gets it");
+    // The same again is no change, another content is one, and each deploy takes what is there.
+    applier.must(put(1));
+    let changed = |reply: Reply| matches!(reply, Reply::Deployed { changed, .. } if !changed.is_empty());
+    assert!(!changed(applier.deploy("shop", &[("web", web.clone())])));
+    applier.must(put(2));
+    assert_eq!(applier.state.secrets.find(&name).unwrap().version, 2);
+    assert!(changed(applier.deploy("shop", &[("web", web)])));
+    let refused = applier.apply(Command::RemoveSecret { name: name.clone() }).unwrap_err();
+    assert!(refused.to_string().contains("used by shop/web"), "{refused}");
+    applier.deploy("shop", &[("web", spec("a"))]);
+    // Still in the specification that is being replaced.
+    assert!(applier.state.secrets.contains(&name));
+    applier.must(Command::RemoveApp { app: AppName::new("shop").unwrap(), with_volumes: false });
+    assert!(applier.state.secrets.is_empty(), "an app's secrets go with it");
+    let too_large = SECRET_BYTES_MAX as u32 + 1;
+    let command = Command::PutSecret { name, sealed: vec![], fingerprint: [0; 32], bytes: too_large };
+    assert!(applier.apply(command).is_err());
 }

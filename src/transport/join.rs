@@ -27,6 +27,7 @@ use super::ids::{ClusterId, NodeId, PublicKey, StoreId};
 use super::peers::transport_parameters;
 use super::tls::{self, TlsError};
 use super::token::{Token, TokenId, TokenSecret};
+use crate::model::LocalNetwork;
 
 pub const JOIN_BYTES_MAX: usize = 4096;
 pub(super) const JOIN_STEP_LIMIT: Duration = Duration::from_secs(3);
@@ -47,6 +48,8 @@ pub struct NodeFacts {
     pub store_id: StoreId,
     /// `--replace NAME`: take a dead member's place.
     pub replace: Option<String>,
+    /// The cluster's ranges must not be among them.
+    pub networks: Vec<LocalNetwork>,
 }
 
 /// Append variants, never change them.

@@ -28,6 +28,7 @@ pub mod local_names;
 pub mod peers;
 pub mod sealing;
 mod serve;
+pub mod serving;
 pub mod streams;
 mod table;
 pub mod tls;

@@ -9,6 +9,7 @@ use std::fmt;
 
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use ring::hkdf::{HKDF_SHA256, KeyType, Salt};
+use ring::hmac;
 use ring::rand::{SecureRandom, SystemRandom};
 
 use super::codeword::{self, CodewordError};
@@ -116,6 +117,13 @@ impl ClusterKey {
         Ok([&[VERSION][..], &nonce, &sealed].concat())
     }
 
+    /// Tells whether two values of one purpose are the same, to whoever holds the key only.
+    pub fn fingerprint(&self, purpose: &str, bytes: &[u8]) -> [u8; 32] {
+        let key = derive_key(&self.0, &format!("fingerprint {purpose}"));
+        let tag = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &key), bytes);
+        tag.as_ref().try_into().expect("HMAC-SHA256 gives 32 bytes")
+    }
+
     pub fn unseal(&self, purpose: &str, sealed: &[u8]) -> Result<Vec<u8>, UnsealError> {
         let short = || UnsealError::Short { purpose: purpose.into(), length: sealed.len() };
         let (version, rest) = sealed.split_first().ok_or_else(short)?;
@@ -194,6 +202,16 @@ mod tests {
         }
         assert!(key.unseal("secret/web", &sealed).is_err());
         assert!(ClusterKey::create().unwrap().unseal("secret/db", &sealed).is_err());
+    }
+
+    #[test]
+    fn a_fingerprint_is_the_same_for_the_same_key_purpose_and_bytes_only() {
+        let (key, other) = (ClusterKey::create().unwrap(), ClusterKey::create().unwrap());
+        let print = key.fingerprint("secret/db", b"hunter2");
+        assert_eq!(print, key.fingerprint("secret/db", b"hunter2"));
+        assert_ne!(print, key.fingerprint("secret/db", b"hunter3"));
+        assert_ne!(print, key.fingerprint("secret/web", b"hunter2"));
+        assert_ne!(print, other.fingerprint("secret/db", b"hunter2"));
     }
 
     #[test]

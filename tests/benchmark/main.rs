@@ -5,7 +5,9 @@
 
 mod etcd;
 mod meter;
+mod names;
 mod network;
+mod reaction;
 
 use anyhow::{Context, Result, bail};
 use meter::{Meter, percentile};
@@ -55,7 +57,7 @@ impl Row {
 
 type Benchmark = fn() -> Result<Vec<Row>>;
 
-const BENCHMARKS: [(&str, Benchmark); 7] = [
+const BENCHMARKS: [(&str, Benchmark); 9] = [
     ("commit", commit),
     ("idle", idle),
     ("twenty", twenty),
@@ -63,6 +65,8 @@ const BENCHMARKS: [(&str, Benchmark); 7] = [
     ("leader_kill", leader_kill),
     ("node_kill", node_kill),
     ("network", network::network),
+    ("reaction", reaction::reaction),
+    ("names", names::names),
 ];
 
 fn main() -> std::process::ExitCode {

@@ -18,11 +18,11 @@ const BULK_BYTES: usize = 512 << 20;
 const LIMIT: Duration = Duration::from_secs(5);
 
 /// Two containers on two nodes: one asks, one serves.
-struct Pair {
-    client: PathBuf,
+pub struct Pair {
+    pub client: PathBuf,
     server: PathBuf,
     direct: Ipv4Addr,
-    vip: Ipv4Addr,
+    pub vip: Ipv4Addr,
     /// Of the node that serves, where the port is published.
     node: Ipv4Addr,
 }
@@ -30,24 +30,28 @@ struct Pair {
 pub fn network() -> Result<Vec<Row>> {
     let lab = lab(3)?;
     load_hello(&lab)?;
-    let pair = deploy(&lab)?;
+    let pair = deploy_pair(&lab)?;
     let direct = SocketAddr::from((pair.direct, 8080));
     let vip = SocketAddr::from((pair.vip, 8080));
     let port = SocketAddr::from((pair.node, 8080));
     let connections =
         compare(&[direct, vip, port], |address| connections_per_second(&pair.client, *address))?;
+    let requests = keep_alive(&pair)?;
     let (bulk_direct, bulk_vip) = bulk(&pair)?;
     Ok(vec![
         Row::new("network: connections/s, direct", connections[0], "1/s"),
         Row::new("network: connections by service address", connections[1] / connections[0], "× direct")
             .at_least(0.95),
         Row::new("network: connections by published port", connections[2] / connections[0], "× direct"),
+        Row::new("network: keep-alive requests/s, direct", requests[0], "1/s"),
+        Row::new("network: keep-alive requests by service address", requests[1] / requests[0], "× direct")
+            .at_least(0.95),
         Row::new("network: one stream, direct", bulk_direct, "MB/s"),
         Row::new("network: one stream by service address", bulk_vip / bulk_direct, "× direct").at_least(0.95),
     ])
 }
 
-fn deploy(lab: &Lab) -> Result<Pair> {
+pub fn deploy_pair(lab: &Lab) -> Result<Pair> {
     let on = |node: &str| {
         serde_json::json!({ "constraints": [{ "subject": "NodeName", "must_equal": true, "value": node }],
             "instances_per_node_max": null, "spread_over": [] })
@@ -92,7 +96,7 @@ fn container(lab: &Lab, index: usize, name: &str) -> Result<(PathBuf, Ipv4Addr, 
 }
 
 /// The median of each over rounds, taken in turn so that a busy machine hits all alike.
-fn compare<T>(targets: &[T], measure: impl Fn(&T) -> Result<f64>) -> Result<Vec<f64>> {
+pub fn compare<T>(targets: &[T], measure: impl Fn(&T) -> Result<f64>) -> Result<Vec<f64>> {
     let mut rounds = vec![Vec::with_capacity(ROUNDS); targets.len()];
     for round in 0..ROUNDS {
         for step in 0..targets.len() {
@@ -133,6 +137,42 @@ fn connections_per_second(client: &Path, address: SocketAddr) -> Result<f64> {
         sum += worker.join().map_err(|_| anyhow::anyhow!("a client panicked"))??;
     }
     Ok(sum)
+}
+
+/// Small requests and answers on one connection, directly and by the service's address.
+fn keep_alive(pair: &Pair) -> Result<Vec<f64>> {
+    const PORT: u16 = 9001;
+    const BYTES: usize = 128;
+    const ROUND: Duration = Duration::from_millis(400);
+    let listener = netns::in_netns(&pair.server, || TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)))?;
+    let echo = thread::spawn(move || {
+        for stream in listener.incoming().take(2 * ROUNDS).flatten() {
+            let mut stream = stream;
+            // Without it each answer would wait for the next acknowledgement.
+            let _ = stream.set_nodelay(true);
+            let mut message = [0; BYTES];
+            while stream.read_exact(&mut message).is_ok() && stream.write_all(&message).is_ok() {}
+        }
+    });
+    let targets = [pair.direct, pair.vip].map(|address| SocketAddr::from((address, PORT)));
+    let speeds = compare(&targets, |address| {
+        let address = *address;
+        let count = netns::in_netns(&pair.client, move || {
+            let mut stream = TcpStream::connect_timeout(&address, LIMIT)?;
+            stream.set_nodelay(true)?;
+            stream.set_read_timeout(Some(LIMIT))?;
+            let (begin, mut count, mut message) = (Instant::now(), 0u32, [7; BYTES]);
+            while begin.elapsed() < ROUND {
+                stream.write_all(&message)?;
+                stream.read_exact(&mut message)?;
+                count += 1;
+            }
+            Ok(count)
+        })?;
+        Ok(f64::from(count) / ROUND.as_secs_f64())
+    })?;
+    echo.join().map_err(|_| anyhow::anyhow!("the server panicked"))?;
+    Ok(speeds)
 }
 
 /// MB/s of one stream, directly and by the service's address.

@@ -6,8 +6,11 @@
 //!
 //! Invariant: nothing of a scenario outlives it; what does is a failure of that scenario (`leftovers`).
 
+mod cable;
+mod certificates;
 mod crashes;
 mod durability;
+mod encryption;
 mod faults;
 mod growth;
 mod hostile;
@@ -20,6 +23,7 @@ mod network;
 mod people;
 mod registry;
 mod renumber;
+mod secrets;
 mod stage;
 mod updates;
 mod watcher;
@@ -44,12 +48,15 @@ const SCENARIOS: &[&[Scenario]] = &[
     updates::SCENARIOS,
     crashes::SCENARIOS,
     network::SCENARIOS,
+    encryption::SCENARIOS,
     names::SCENARIOS,
     faults::SCENARIOS,
     renumber::SCENARIOS,
     identity::SCENARIOS,
     people::SCENARIOS,
     registry::SCENARIOS,
+    secrets::SCENARIOS,
+    certificates::SCENARIOS,
     hostile::SCENARIOS,
     limits::SCENARIOS,
     local_names::SCENARIOS,

@@ -1,6 +1,7 @@
 //! One address per service, ports on every node, who may reach whom, addresses on the LAN, and how fast it follows.
 
 use super::Scenario;
+use super::cable::{Cable, Spoiling};
 use super::stage::{IMAGE, Stage, http_here, throughout, until, web};
 use super::watcher::Watcher;
 use anyhow::{Context, Result, ensure};
@@ -42,6 +43,19 @@ pub const SCENARIOS: &[Scenario] = &[
                  within 100 ms of a death or in flight, and none waits over 1 s",
         machines: 3,
         run: endpoint_death,
+    },
+    Scenario {
+        name: "waiting-client",
+        proves: "a client that only waits for an answer is told at once when the container that was to give it dies",
+        machines: 3,
+        run: waiting_client,
+    },
+    Scenario {
+        name: "lossy-links",
+        proves: "with 60 to 90 ms between two nodes and back and 8 % of round trips lost the leader stays, writes are taken, and a \
+                 service is answered from every node, also after one of its containers died",
+        machines: 3,
+        run: lossy_links,
     },
     Scenario {
         name: "dead-node-endpoints",
@@ -116,7 +130,7 @@ fn containers(stage: &Stage, app: &str, name: &str) -> Result<Vec<(PathBuf, Ipv4
     Ok(found)
 }
 
-fn ask_from(netns: &std::path::Path, address: impl Into<SocketAddr>) -> std::io::Result<String> {
+pub(crate) fn ask_from(netns: &std::path::Path, address: impl Into<SocketAddr>) -> std::io::Result<String> {
     let address = address.into();
     netns::in_netns(netns, move || http_here(address))
 }
@@ -134,7 +148,7 @@ fn tally(netns: &std::path::Path, address: SocketAddr, count: usize) -> Result<B
 }
 
 /// A service that says which instance answers.
-fn named(service: &str, replicas: u32, more: &str) -> String {
+pub(crate) fn named(service: &str, replicas: u32, more: &str) -> String {
     format!(
         "  {service}:\n    image: {IMAGE}\n    entrypoint: [sh, -c, \"export NAME=$$(cat /etc/hostname); exec serve\"]\n    \
          stop_grace_period: 1s\n    deploy: {{replicas: {replicas}}}\n{more}"
@@ -412,6 +426,80 @@ fn endpoint_death(stage: &mut Stage) -> Result<()> {
     Ok(())
 }
 
+fn waiting_client(stage: &mut Stage) -> Result<()> {
+    const PORT: u16 = 9200;
+    stage.form(3)?;
+    let yaml = format!(
+        "services:\n{}{}",
+        named("web", 3, "").replace("{replicas: 3}", "{mode: global}"),
+        named("ask", 3, "").replace("{replicas: 3}", "{mode: global}")
+    );
+    stage.deploy(0, "shop", &yaml)?;
+    let clients = containers(stage, "shop", "ask")?;
+    let (silent, address) = on_node(stage, "pi2")?;
+    let listener = netns::in_netns(&silent, || std::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)))?;
+    let kept = thread::spawn(move || listener.incoming().take(4).flatten().collect::<Vec<_>>());
+    let target: SocketAddr = (address, PORT).into();
+    let limit = Duration::from_secs(5);
+    let connect = move || std::net::TcpStream::connect_timeout(&target, limit);
+    let mut waiting = Vec::new();
+    for (netns, _) in clients {
+        let stream = netns::in_netns(&netns, connect)?;
+        stream.set_read_timeout(Some(limit))?;
+        waiting.push((format!("a container's client at {}", netns.display()), stream));
+    }
+    let host = stage.lab.nodes[0].inside(connect)?;
+    host.set_read_timeout(Some(limit))?;
+    waiting.push(("a process of a node".into(), host));
+    let kept = kept.join().map_err(|_| anyhow::anyhow!("the listener panicked"))?;
+    ensure!(kept.len() == 4, "all four are connected");
+    let pid =
+        stage.rows(0, "shop")?.into_iter().find(|row| row.name.starts_with("shop/web.") && row.node == "pi2");
+    let pid = stage.pids(0, "shop")?[&pid.context("web runs on pi2")?.name];
+    let begin = Instant::now();
+    stage.kill_process(pid)?;
+    for (who, mut stream) in waiting {
+        use std::io::Read;
+        let error = stream.read(&mut [0]).err().with_context(|| format!("{who} got an answer"))?;
+        ensure!(error.kind() != std::io::ErrorKind::WouldBlock, "{who} still waits");
+    }
+    stage.note("a container was killed → everybody who waited for it knows", begin);
+    ensure!(begin.elapsed() < Duration::from_secs(1), "took {:?}", begin.elapsed());
+    Ok(())
+}
+
+fn lossy_links(stage: &mut Stage) -> Result<()> {
+    stage.form(3)?;
+    stage.deploy(0, "shop", &web(8080, 3, "a"))?;
+    stage.wait_up(0, "shop", 3, Duration::from_secs(10))?;
+    let leader = stage.lab.nodes[0].get("/v1/status")?["leader"].clone();
+    let how =
+        Spoiling { delay: Duration::from_millis(15), jitter: Duration::from_millis(8), lost_percent: 2 };
+    let _cables = (0..3).map(|index| Cable::spoil(stage, index, how)).collect::<Result<Vec<Cable>>>()?;
+    let begin = Instant::now();
+    let (mut slowest, mut writes) = (Duration::ZERO, 0);
+    while begin.elapsed() < Duration::from_secs(12) {
+        let write = Instant::now();
+        stage.set_label(writes % 3, "pi1", "round", &writes.to_string())?;
+        slowest = slowest.max(write.elapsed());
+        writes += 1;
+        for node in &stage.lab.nodes {
+            // A lost first packet is repeated after 1 s, a second one after 2 s more.
+            stage.wait_http(node.address, 8080, "hello from a", Duration::from_secs(8))?;
+        }
+    }
+    stage.remark(format!("{writes} writes, the slowest took {} ms", slowest.as_millis()));
+    let after = stage.lab.nodes[0].get("/v1/status")?["leader"].clone();
+    ensure!(leader.is_string() && after == leader, "the leader changed: {leader} → {after}");
+    let row = stage.rows(0, "shop")?.into_iter().find(|row| row.node == "pi2").context("web runs on pi2")?;
+    let pid = stage.pids(0, "shop")?[&row.name];
+    stage.kill_process(pid)?;
+    for node in &stage.lab.nodes {
+        stage.wait_http(node.address, 8080, "hello from a", Duration::from_secs(8))?;
+    }
+    stage.wait_up(0, "shop", 3, Duration::from_secs(15))
+}
+
 fn dead_node_endpoints(stage: &mut Stage) -> Result<()> {
     stage.form(3)?;
     stage.deploy(0, "shop", &web(8080, 3, "a"))?;
@@ -525,10 +613,28 @@ fn two_lans(stage: &mut Stage) -> Result<()> {
     let (far, _) = on_node(stage, "pi3")?;
     let megabytes = transfer(&near, near_address, &far)?;
     stage.remark(format!("one stream through the tunnel: {megabytes:.0} MB/s"));
+    // A board is carried from one room to the other.
+    for is_far in [true, false] {
+        let node = &stage.lab.nodes[1];
+        let new = stage.lab.lan.move_machine(&node.netns, node.number, is_far)?;
+        stage.lab.nodes[1].address = new;
+        let begin = Instant::now();
+        until("the other way is taken", Duration::from_secs(30), || {
+            let body = stage.lab.nodes[0].get("/v1/network")?;
+            let nodes = body["nodes"].as_array().cloned().unwrap_or_default();
+            let pi1 = nodes.iter().find(|one| one["node"] == "pi1").context("pi1 is there")?;
+            let ways = pi1["ways"].as_array().cloned().unwrap_or_default();
+            let way = ways.iter().find(|way| way["node"] == "pi2").context("pi1 reaches pi2")?;
+            let (_, target) = on_node(stage, "pi2")?;
+            Ok(way["kind"] == if is_far { "vxlan" } else { "direct" }
+                && ask_from(&near, (target, 8080)).is_ok())
+        })?;
+        stage.note(if is_far { "moved behind the router → reached" } else { "moved back → reached" }, begin);
+    }
     Ok(())
 }
 
-fn on_node(stage: &Stage, node: &str) -> Result<(PathBuf, Ipv4Addr)> {
+pub(crate) fn on_node(stage: &Stage, node: &str) -> Result<(PathBuf, Ipv4Addr)> {
     let dir = stage.lab.node(node)?.dir.clone();
     let all = containers(stage, "shop", "web")?;
     all.into_iter().find(|(path, _)| path.starts_with(&dir)).with_context(|| format!("web runs on {node}"))

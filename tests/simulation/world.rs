@@ -657,8 +657,12 @@ impl World {
         let image = ImageSpec { reference: "hello".into(), digest: Some(digest) };
         let service = ServiceSpec { replicas: 3, ..ServiceSpec::new(image) };
         let name = AppName::new("shop").expect("a name");
-        let spec =
-            AppSpec { name, services: [("web".to_string(), service)].into(), volumes: BTreeMap::new() };
+        let spec = AppSpec {
+            name,
+            services: [("web".to_string(), service)].into(),
+            volumes: BTreeMap::new(),
+            secrets: Default::default(),
+        };
         self.submit(Command::DeployApp { spec: Box::new(spec), artifacts: Vec::new() });
         self.run_for(3_000);
     }

@@ -133,6 +133,36 @@ impl Lan {
         .with_context(|| format!("renumber {old} to {new}"))
     }
 
+    /// Moves a machine's cable to the LAN behind the router, or back; its address and its route with it.
+    pub fn move_machine(&self, netns: &Path, number: u8, is_far: bool) -> Result<Ipv4Addr> {
+        let (bridge, near, far) =
+            (if is_far { FAR_BRIDGE } else { BRIDGE }, self.address(number), self.far_address(number));
+        let (old, new) = if is_far { (near, far) } else { (far, near) };
+        netns::in_netns(&self.netns, move || {
+            let socket = Socket::route()?;
+            link::set_master(&socket, link::index_of(&port(number))?, link::index_of(bridge)?)
+        })
+        .with_context(|| format!("move the cable of machine {number}"))?;
+        self.renumber(netns, old, new)?;
+        self.add_default_route(netns, if is_far { self.far_address(254) } else { self.address(254) })?;
+        Ok(new)
+    }
+
+    /// Takes a machine off the bridge; the name of its end here. Somebody else is to carry its frames.
+    pub fn unplug(&self, number: u8) -> Result<String> {
+        netns::in_netns(&self.netns, move || {
+            let socket = Socket::route()?;
+            link::set_master(&socket, link::index_of(&port(number))?, 0)
+        })
+        .with_context(|| format!("take machine {number} off the bridge"))?;
+        Ok(port(number))
+    }
+
+    /// The bridge's name in the LAN's namespace.
+    pub fn bridge(&self) -> &'static str {
+        BRIDGE
+    }
+
     /// Another subnet for the clients' own namespace.
     pub fn add_own_address(&self, address: Ipv4Addr) -> Result<()> {
         netns::in_netns(&self.netns, move || {

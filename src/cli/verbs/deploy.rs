@@ -26,8 +26,10 @@ use crate::cli::pack::{Packed, pack};
 use crate::cli::project::find_file;
 use crate::cli::terminal::{Signals, print_line};
 use crate::cli::{Session, usage};
-use crate::compose::{self, Draft, PathKind, Problem, Severity, Source, Surroundings};
-use crate::model::AppSpec;
+use crate::compose::{
+    self, Draft, PathKind, Problem, SecretSource, SecretWish, Severity, Source, Surroundings,
+};
+use crate::model::{AppSpec, SecretName};
 
 /// Run what a Compose file describes, or change what runs to it.
 #[derive(FromArgs)]
@@ -51,6 +53,12 @@ pub struct Deploy {
     timeout: Option<String>,
 }
 
+/// What is sent before the app.
+struct Along {
+    packed: Packed,
+    secrets: Vec<(SecretName, Vec<u8>)>,
+}
+
 /// A Compose file that has been read.
 struct Document {
     /// As problems name it.
@@ -68,12 +76,14 @@ impl Deploy {
         for note in ignored.iter().chain(&packed.notes) {
             eprintln!("{note}");
         }
+        let secrets = read_secrets(&document.folder, &draft.secrets)?;
         let spec = draft.finish(&packed.digests)?;
         let client = session.client()?;
         let app = spec.name.to_string();
         let is_sent = Cell::new(false);
         let signals = Signals::open(&[Signal::SIGINT])?;
-        let work = self.deploy(session, &client, spec, &packed, timeout, &is_sent);
+        let along = Along { packed, secrets };
+        let work = self.deploy(session, &client, spec, &along, timeout, &is_sent);
         future::or(work, async {
             signals.next().await?;
             match is_sent.get() {
@@ -90,12 +100,16 @@ impl Deploy {
         session: &Session,
         client: &Client,
         spec: AppSpec,
-        packed: &Packed,
+        along: &Along,
         timeout: Duration,
         is_sent: &Cell<bool>,
     ) -> anyhow::Result<()> {
         if !self.dry_run {
-            send_content(client, packed).await?;
+            send_content(client, &along.packed).await?;
+            for (name, bytes) in &along.secrets {
+                let path = format!("/v1/secrets/{}", escape(name.as_str()));
+                client.put_bytes(&path, bytes.clone().into()).await?;
+            }
         }
         let app = spec.name.to_string();
         let request = DeployRequest { spec, is_dry_run: self.dry_run };
@@ -228,6 +242,19 @@ fn look(path: &Path) -> PathKind {
         Ok(metadata) if metadata.is_dir() => PathKind::Directory,
         Ok(_) => PathKind::Other("a socket, pipe or device".into()),
     }
+}
+
+fn read_secrets(folder: &Path, wishes: &[SecretWish]) -> anyhow::Result<Vec<(SecretName, Vec<u8>)>> {
+    let read = |wish: &SecretWish| {
+        let bytes = match &wish.source {
+            SecretSource::Text(text) => text.0.clone().into_bytes(),
+            SecretSource::File(path) => {
+                super::secret::read(wish.name.as_str(), &folder.join(path).display().to_string())?
+            }
+        };
+        Ok((wish.name.clone(), bytes))
+    };
+    wishes.iter().map(read).collect()
 }
 
 async fn send_content(client: &Client, packed: &Packed) -> anyhow::Result<()> {

@@ -1,6 +1,7 @@
 //! The verbs: what each takes, and what it does. One file per verb or group.
 
 mod apps;
+mod authority;
 mod cluster;
 mod context;
 mod demo;
@@ -14,6 +15,7 @@ mod node;
 mod people;
 mod remove;
 mod scale;
+mod secret;
 mod settings;
 
 use argh::FromArgs;
@@ -33,6 +35,7 @@ pub struct Command {
 #[argh(subcommand)]
 pub enum Verb {
     Address(network::Address),
+    Ca(authority::Ca),
     Context(context::Context),
     Demo(demo::Demo),
     Deploy(deploy::Deploy),
@@ -50,6 +53,7 @@ pub enum Verb {
     Ps(apps::Ps),
     Rm(remove::Remove),
     Scale(scale::Scale),
+    Secret(secret::Secret),
     Settings(settings::Settings),
     Status(apps::Status),
     Token(people::Token),
@@ -71,6 +75,7 @@ impl Verb {
 pub async fn run(session: &Session, verb: Verb) -> anyhow::Result<()> {
     match verb {
         Verb::Address(verb) => verb.run(session).await,
+        Verb::Ca(verb) => verb.run(session).await,
         Verb::Net(verb) => verb.run(session).await,
         Verb::Context(verb) => verb.run(session).await,
         Verb::Demo(verb) => verb.run(),
@@ -88,6 +93,7 @@ pub async fn run(session: &Session, verb: Verb) -> anyhow::Result<()> {
         Verb::Ps(verb) => verb.run(session).await,
         Verb::Rm(verb) => verb.run(session).await,
         Verb::Scale(verb) => verb.run(session).await,
+        Verb::Secret(verb) => verb.run(session).await,
         Verb::Settings(verb) => verb.run(session).await,
         Verb::Status(verb) => verb.run(session).await,
         Verb::Token(verb) => verb.run(session).await,

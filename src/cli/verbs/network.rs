@@ -4,7 +4,8 @@ use argh::FromArgs;
 use serde_json::Value;
 
 use crate::api::wire::{
-    AddressWish, AddressesBody, CheckBody, NetworkBody, NodeNetworkBody, ServiceNetworkBody, StatusBody,
+    AddressWish, AddressesBody, CertificateBody, CheckBody, NetworkBody, NodeNetworkBody, ServiceNetworkBody,
+    StatusBody,
 };
 use crate::cli::client::escape;
 use crate::cli::failure::Failure;
@@ -96,6 +97,10 @@ async fn show(session: &Session, app: Option<&str>) -> anyhow::Result<()> {
                 addresses(&body.addresses);
             }
         }
+        if !body.certificates.is_empty() {
+            print_line("");
+            certificates(&body.certificates);
+        }
         problems(&body.nodes);
     })
 }
@@ -139,6 +144,24 @@ fn services(services: &[ServiceNetworkBody]) {
         true => print_line("No services. Deploy an app: tinydc deploy"),
         false => table.print(),
     }
+}
+
+fn certificates(rows: &[CertificateBody]) {
+    let mut table = Table::new(&["HOST", "SERVICE", "CERTIFICATE", "ENDS", "PROBLEM"]).wrapping_last();
+    for row in rows {
+        let end = match &row.not_after {
+            Some(end) => Cell::from(end),
+            None => Cell::coloured("none", Colour::Red),
+        };
+        table.row([
+            (&row.host).into(),
+            (&row.service).into(),
+            (&row.source).into(),
+            end,
+            row.problem.clone().unwrap_or_default().into(),
+        ]);
+    }
+    table.print();
 }
 
 fn nodes(body: &NetworkBody) {

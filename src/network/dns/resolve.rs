@@ -88,6 +88,14 @@ struct PortWish<'q> {
 }
 
 pub fn resolve(zone: &Zone, asker: Ipv4Addr, question: &Question) -> Answer {
+    let is_inner = zone.table.clients.get(&asker).is_some_and(|client| client.is_inner);
+    match look_up(zone, asker, question) {
+        Answer::Elsewhere if is_inner => Answer::Refused,
+        answer => answer,
+    }
+}
+
+fn look_up(zone: &Zone, asker: Ipv4Addr, question: &Question) -> Answer {
     if !matches!(question.class, class::INTERNET | class::ANY) || kind::TRANSFERS.contains(&question.kind) {
         return Answer::Refused;
     }

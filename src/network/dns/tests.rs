@@ -43,6 +43,7 @@ fn service(app: &str, name: &str, number: u8, networks: &[(&str, &[&str])]) -> S
 
 const WEB: &str = "10.77.1.11";
 const DB: &str = "10.77.2.11";
+const INNER: &str = "10.77.1.9";
 const BLOG: &str = "10.77.3.11";
 const HOST: &str = "10.77.1.1";
 
@@ -65,11 +66,13 @@ fn zone() -> Zone {
     let client = |app: &str, networks: &[&str]| Client {
         app: app.into(),
         networks: networks.iter().map(|network| network.to_string()).collect(),
+        is_inner: networks == ["vault"],
     };
     let clients = BTreeMap::from([
         (ip(WEB), client("shop", &["shop/front"])),
         (ip(DB), client("shop", &["shop/back", "lan"])),
         (ip(BLOG), client("blog", &["blog/default", "lan"])),
+        (ip(INNER), client("shop", &["vault"])),
     ]);
     let ranges =
         vec![Range { address: ip("10.77.0.0"), bits: 16 }, Range { address: ip("10.78.0.0"), bits: 16 }];
@@ -222,6 +225,7 @@ fn what_is_not_ours_goes_upstream_and_single_labels_do_not() {
     let chaos = Question { name: "version.bind".into(), kind: 16, class: 3 };
     assert_eq!(resolve(&zone(), ip(WEB), &chaos), Answer::Refused);
     assert_eq!(short(WEB, "tinydc.internal", 252), "refused");
+    assert_eq!(short(INNER, "example.org", kind::A), "refused", "a question is a way out");
 }
 
 #[test]

@@ -16,6 +16,8 @@ pub struct Client {
     pub app: String,
     /// Keys of networks: opaque, unique over the cluster.
     pub networks: BTreeSet<String>,
+    /// All its networks are internal: a question sent upstream would be a way out.
+    pub is_inner: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

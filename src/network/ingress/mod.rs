@@ -32,4 +32,7 @@ pub use counts::{IngressCounts, RouteCounts};
 pub use routes::{Route, RouteKey, RouteOptions, Routes};
 pub use server::{Ingress, IngressConfig, IngressError};
 pub(super) use socket::Socket;
-pub use tls::{CertificateError, CertificateSource, HostCertificate, certificate_from_pem};
+pub use tls::{
+    CertificateAbout, CertificateError, CertificateSource, CertifiedKey, HostCertificate,
+    certificate_from_pem, covers,
+};

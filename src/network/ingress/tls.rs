@@ -7,9 +7,9 @@ use super::routes::Table;
 use futures_rustls::TlsAcceptor;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::server::{ClientHello, ResolvesServerCert};
-use rustls::sign::CertifiedKey;
+pub use rustls::sign::CertifiedKey;
 use std::fmt;
 use std::sync::{Arc, RwLock};
 
@@ -45,6 +45,10 @@ pub enum CertificateError {
     Key(#[source] rustls::pki_types::pem::Error),
     #[error("use the key with the certificate")]
     Pair(#[source] rustls::Error),
+    #[error("it is for {names}")]
+    OtherHost { names: String },
+    #[error("the certificate can't be parsed")]
+    Parse,
     #[error("set up TLS")]
     Versions(#[source] rustls::Error),
 }
@@ -60,6 +64,37 @@ pub fn certificate_from_pem(chain: &str, key: &str) -> Result<Arc<CertifiedKey>,
     let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(CertificateError::Key)?;
     let certified = CertifiedKey::from_der(chain, key, &ring::default_provider());
     certified.map(Arc::new).map_err(CertificateError::Pair)
+}
+
+/// What a certificate says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CertificateAbout {
+    pub names: Vec<String>,
+    /// Seconds since 1970.
+    pub not_before: u64,
+    pub not_after: u64,
+}
+
+/// What the first certificate of a chain says, if it holds for `host` (`*.example.org`: for all hosts that the wildcard
+/// means). Whether it has ended is the reader's to judge.
+pub fn covers(certificate: &CertifiedKey, host: &str) -> Result<CertificateAbout, CertificateError> {
+    let first = certificate.cert.first().ok_or(CertificateError::NoCertificate)?;
+    let (_, parsed) = x509_parser::parse_x509_certificate(first).map_err(|_| CertificateError::Parse)?;
+    let leaf = webpki::EndEntityCert::try_from(first).map_err(|_| CertificateError::Parse)?;
+    let names: Vec<String> = leaf.valid_dns_names().map(String::from).collect();
+    let visited = host.replacen('*', "any", 1);
+    let name = ServerName::try_from(visited).map_err(|_| CertificateError::Parse)?;
+    if leaf.verify_is_valid_for_subject_name(&name).is_err() {
+        let names = if names.is_empty() { "no name".into() } else { names.join(", ") };
+        return Err(CertificateError::OtherHost { names });
+    }
+    let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
+    let validity = parsed.validity();
+    Ok(CertificateAbout {
+        names,
+        not_before: seconds(validity.not_before),
+        not_after: seconds(validity.not_after),
+    })
 }
 
 pub struct Resolver {

@@ -1,13 +1,16 @@
 //! The table `tinydc`: who answers for an address or a port, and who may talk to whom.
 //!
 //! ```text
-//! map vip, vip_pinned { ipv4_addr . mark : ipv4_addr }                           VIP . slot → endpoint
-//! map pub, pub_pinned { inet_proto . inet_service . mark : ipv4_addr . inet_service }   port . slot → endpoint
+//! map vip { ipv4_addr . mark : ipv4_addr }                                       VIP . slot → endpoint
+//! map pub { inet_proto . inet_service . mark : ipv4_addr . inet_service }        port . slot → endpoint
 //! map pub_at { ipv4_addr . inet_proto . inet_service . mark : … }                the same for one host address
+//! map vip_many, pub_many, pub_at_many    the same with more slots, for more endpoints
+//! map vip_pinned, pub_pinned             the same with the slot by the client's address
 //! map class  { ipv4_addr : mark }     container → the class of those in the same networks
 //! set reach  { mark . ipv4_addr }     class . container it may reach
 //! set inner  { ipv4_addr }            containers without a way out
 //! set peers  { ipv4_addr }            the other nodes on the LAN
+//! set sealed { ipv4_addr }            nodes (by their /24) whose traffic is taken from an encrypted tunnel only
 //! set local  { ipv4_addr . ipv4_addr } containers here, twice: for traffic that comes back to its sender
 //! set held, held_at { … inet_proto . inet_service }   published ports: nobody else answers on them
 //! ```
@@ -17,7 +20,8 @@
 //! A change is one transaction, which the kernel takes whole or not at all, and touches only what changed. What is in
 //! the kernel serves on while no daemon runs; a daemon's first transaction replaces the table whole.
 
-use super::super::netlink::Socket;
+use super::super::netlink::{Socket, attributes};
+use super::super::wireguard::Slot;
 use super::message::{
     DELETE_TABLE, Element, Expressions, NEW_TABLE, Network4, TYPE_ADDRESS, TYPE_MARK, TYPE_PROTOCOL,
     TYPE_SERVICE, Transaction,
@@ -29,7 +33,10 @@ use std::net::Ipv4Addr;
 
 pub const TABLE: &str = "tinydc";
 /// Divisible by 1 to 6, so that few endpoints share evenly.
-const SLOTS: u32 = 60;
+const FEW_SLOTS: u32 = 60;
+const FEW_ENDPOINTS: usize = 6;
+/// Divisible by 1 to 8. Shares of 64 endpoints differ by a twelfth.
+const MANY_SLOTS: u32 = 840;
 const TCP: u8 = libc::IPPROTO_TCP as u8;
 const UDP: u8 = libc::IPPROTO_UDP as u8;
 
@@ -85,13 +92,15 @@ pub struct Table {
     applied: Option<Wanted>,
     /// The nodes' own addresses on the LAN.
     peers: BTreeSet<Ipv4Addr>,
+    /// Containers' networks whose packets come encrypted or not at all.
+    sealed: BTreeSet<Ipv4Addr>,
     /// The kernel can hash; without it pinned services are balanced as the others are.
     has_hash: bool,
 }
 
 impl Table {
     pub fn new(shape: Shape) -> Table {
-        Table { shape, applied: None, peers: BTreeSet::new(), has_hash: true }
+        Table { shape, applied: None, peers: BTreeSet::new(), sealed: BTreeSet::new(), has_hash: true }
     }
 
     /// Brings the kernel's table to `wanted`.
@@ -119,17 +128,25 @@ impl Table {
         Ok(())
     }
 
-    /// Tells where the other nodes are: from there containers may be reached as from inside.
-    pub fn set_peers(&mut self, socket: &Socket, peers: BTreeSet<Ipv4Addr>) -> io::Result<()> {
-        if self.applied.is_some() && peers != self.peers {
+    /// Tells where the other nodes are, from where containers may be reached as from inside, and which networks are
+    /// sealed.
+    pub fn set_peers(
+        &mut self,
+        socket: &Socket,
+        peers: BTreeSet<Ipv4Addr>,
+        sealed: BTreeSet<Ipv4Addr>,
+    ) -> io::Result<()> {
+        if self.applied.is_some() && (peers != self.peers || sealed != self.sealed) {
             let mut change = Transaction::new();
-            put_set(&mut change, "peers", &self.peers, &peers, |address| address.octets().to_vec());
+            put_addresses(&mut change, "peers", &self.peers, &peers);
+            put_addresses(&mut change, "sealed", &self.sealed, &sealed);
             if change.commit(socket).is_err() {
                 // Made anew with the next change.
                 self.applied = None;
             }
         }
         self.peers = peers;
+        self.sealed = sealed;
         Ok(())
     }
 
@@ -144,7 +161,8 @@ impl Table {
         self.make_isolation(&mut all);
         self.make_filters(&mut all);
         put_changes(&mut all, &Wanted::default(), wanted);
-        put_set(&mut all, "peers", &BTreeSet::new(), &self.peers, |address| address.octets().to_vec());
+        put_addresses(&mut all, "peers", &BTreeSet::new(), &self.peers);
+        put_addresses(&mut all, "sealed", &BTreeSet::new(), &self.sealed);
         all.commit(socket)
     }
 
@@ -152,8 +170,12 @@ impl Table {
         let shape = &self.shape;
         all.chain("lb");
         all.rule("lb", |rule| {
-            rule.destination_in(shape.vips, true).destination(8).random_slot(SLOTS, 9);
+            rule.destination_in(shape.vips, true).destination(8).random_slot(FEW_SLOTS, 9);
             rule.look_up("vip", 8, 10).dnat_address(10);
+        });
+        all.rule("lb", |rule| {
+            rule.destination_in(shape.vips, true).destination(8).random_slot(MANY_SLOTS, 9);
+            rule.look_up("vip_many", 8, 10).dnat_address(10);
         });
         all.rule("lb", |rule| {
             rule.destination_in(shape.vips, true).destination(8);
@@ -163,14 +185,18 @@ impl Table {
         all.rule("lb", |rule| {
             rule.destination_in(shape.cluster, true).return_();
         });
-        all.rule("lb", |rule| {
-            rule.destination(8).layer4_protocol(9).destination_port(10).random_slot(SLOTS, 11);
-            rule.look_up("pub_at", 8, 12).dnat(12, 13);
-        });
-        all.rule("lb", |rule| {
-            rule.destination_is_local().layer4_protocol(8).destination_port(9).random_slot(SLOTS, 10);
-            rule.look_up("pub", 8, 12).dnat(12, 13);
-        });
+        for (map, slots) in [("pub_at", FEW_SLOTS), ("pub_at_many", MANY_SLOTS)] {
+            all.rule("lb", |rule| {
+                rule.destination(8).layer4_protocol(9).destination_port(10).random_slot(slots, 11);
+                rule.look_up(map, 8, 12).dnat(12, 13);
+            });
+        }
+        for (map, slots) in [("pub", FEW_SLOTS), ("pub_many", MANY_SLOTS)] {
+            all.rule("lb", |rule| {
+                rule.destination_is_local().layer4_protocol(8).destination_port(9).random_slot(slots, 10);
+                rule.look_up(map, 8, 12).dnat(12, 13);
+            });
+        }
         all.rule("lb", |rule| {
             rule.destination_is_local().layer4_protocol(8).destination_port(9);
             self.pinned_slot(rule, 10).look_up("pub_pinned", 8, 12).dnat(12, 13);
@@ -185,8 +211,8 @@ impl Table {
 
     fn pinned_slot<'a, 'b>(&self, rule: &'a mut Expressions<'b>, register: u32) -> &'a mut Expressions<'b> {
         match self.has_hash {
-            true => rule.source_slot(SLOTS, register),
-            false => rule.random_slot(SLOTS, register),
+            true => rule.source_slot(MANY_SLOTS, register),
+            false => rule.random_slot(MANY_SLOTS, register),
         }
     }
 
@@ -263,6 +289,12 @@ impl Table {
         all.rule("raw", |rule| {
             rule.input_link("lo", false).destination_in((Ipv4Addr::LOCALHOST, 8), true).drop();
         });
+        all.rule("raw", |rule| {
+            for slot in Slot::ALL {
+                rule.input_link(slot.link_name(), false);
+            }
+            rule.source(8).mask(8, &[255, 255, 255, 0]).is_in_set("sealed", 8).drop();
+        });
         all.base_chain("forward", "filter", 2, 0);
         all.rule("forward", |rule| {
             rule.is_protocol(TCP).clamp_segment_size();
@@ -332,17 +364,20 @@ impl Side {
 
 fn make_sets(all: &mut Transaction) {
     let endpoint = [TYPE_ADDRESS, TYPE_SERVICE];
-    for name in ["vip", "vip_pinned"] {
+    for name in ["vip", "vip_many", "vip_pinned"] {
         all.map(name, &[TYPE_ADDRESS, TYPE_MARK], &[TYPE_ADDRESS]);
     }
-    for name in ["pub", "pub_pinned"] {
+    for name in ["pub", "pub_many", "pub_pinned"] {
         all.map(name, &[TYPE_PROTOCOL, TYPE_SERVICE, TYPE_MARK], &endpoint);
     }
-    all.map("pub_at", &[TYPE_ADDRESS, TYPE_PROTOCOL, TYPE_SERVICE, TYPE_MARK], &endpoint);
+    for name in ["pub_at", "pub_at_many"] {
+        all.map(name, &[TYPE_ADDRESS, TYPE_PROTOCOL, TYPE_SERVICE, TYPE_MARK], &endpoint);
+    }
     all.map("class", &[TYPE_ADDRESS], &[TYPE_MARK]);
     all.set("reach", &[TYPE_MARK, TYPE_ADDRESS]);
     all.set("inner", &[TYPE_ADDRESS]);
     all.set("peers", &[TYPE_ADDRESS]);
+    all.set("sealed", &[TYPE_ADDRESS]);
     all.set("local", &[TYPE_ADDRESS, TYPE_ADDRESS]);
     all.set("held", &[TYPE_PROTOCOL, TYPE_SERVICE]);
     all.set("held_at", &[TYPE_ADDRESS, TYPE_PROTOCOL, TYPE_SERVICE]);
@@ -363,9 +398,15 @@ pub fn delete_table(socket: &Socket) -> io::Result<()> {
     all.commit(socket)
 }
 
+/// Whether this announcement says that the table is gone.
+pub fn is_deletion(kind: u16, body: &[u8]) -> bool {
+    const NAME: u16 = 1;
+    let name = attributes(body.get(4..).unwrap_or_default()).find(|(kind, _)| *kind == NAME);
+    kind == DELETE_TABLE && name.is_some_and(|(_, name)| name.strip_suffix(&[0]) == Some(TABLE.as_bytes()))
+}
+
 /// Elements to remove and to add, by set.
 fn put_changes(change: &mut Transaction, old: &Wanted, new: &Wanted) {
-    let vip_map = |row: &VipRow| if row.is_pinned { "vip_pinned" } else { "vip" };
     put_rows(change, &old.vips, &new.vips, |vip, row| (vip_map(row), vip_elements(*vip, row)));
     put_rows(change, &old.ports, &new.ports, |key, row| (port_map(key, row), port_elements(key, row)));
     put_rows(change, &old.classes, &new.classes, |address, class| {
@@ -430,6 +471,10 @@ fn put_set<T: Ord>(
     change.add(name, &elements(new.difference(old).collect()));
 }
 
+fn put_addresses(change: &mut Transaction, name: &str, old: &BTreeSet<Ipv4Addr>, new: &BTreeSet<Ipv4Addr>) {
+    put_set(change, name, old, new, |address| address.octets().to_vec());
+}
+
 fn vip_elements(vip: Ipv4Addr, row: &VipRow) -> Vec<Element> {
     slots(&row.endpoints, row.is_pinned)
         .into_iter()
@@ -437,11 +482,21 @@ fn vip_elements(vip: Ipv4Addr, row: &VipRow) -> Vec<Element> {
         .collect()
 }
 
+fn vip_map(row: &VipRow) -> &'static str {
+    match row.is_pinned {
+        true => "vip_pinned",
+        false if row.endpoints.len() > FEW_ENDPOINTS => "vip_many",
+        false => "vip",
+    }
+}
+
 fn port_map(key: &PortKey, row: &PortRow) -> &'static str {
-    match (key.host_address, row.is_pinned) {
-        (Some(_), _) => "pub_at",
-        (None, true) => "pub_pinned",
-        (None, false) => "pub",
+    match (key.host_address, row.is_pinned, row.endpoints.len() > FEW_ENDPOINTS) {
+        (Some(_), _, true) => "pub_at_many",
+        (Some(_), _, false) => "pub_at",
+        (None, true, _) => "pub_pinned",
+        (None, false, true) => "pub_many",
+        (None, false, false) => "pub",
     }
 }
 
@@ -463,15 +518,15 @@ fn slots<T: Copy + Ord + std::hash::Hash>(endpoints: &[T], is_pinned: bool) -> V
     if count == 0 {
         return Vec::new();
     }
+    let total = if is_pinned || count > FEW_ENDPOINTS { MANY_SLOTS } else { FEW_SLOTS };
     let chosen = |slot: u32| match is_pinned {
-        false if count <= SLOTS as usize => endpoints[slot as usize % count],
-        false => endpoints[slot as usize * count / SLOTS as usize],
+        false => endpoints[(u64::from(slot) * count as u64 / u64::from(total)) as usize],
         true => *endpoints
             .iter()
             .max_by_key(|endpoint| (weight(slot, *endpoint), **endpoint))
             .unwrap_or(&endpoints[0]),
     };
-    (0..SLOTS).map(|slot| (slot, chosen(slot))).collect()
+    (0..total).map(|slot| (slot, chosen(slot))).collect()
 }
 
 /// FNV-1a with a final mix: the same on each node and in each version.
@@ -524,7 +579,10 @@ mod tests {
         }
         assert!(slots::<Ipv4Addr>(&[], false).is_empty());
         let many = slots(&addresses(1..=200), false);
-        assert_eq!(many.iter().map(|(_, address)| *address).collect::<BTreeSet<_>>().len(), 60);
+        for endpoint in addresses(1..=200) {
+            let own = many.iter().filter(|(_, address)| *address == endpoint).count();
+            assert!((4..=5).contains(&own), "{endpoint} has {own} of {}", many.len());
+        }
     }
 
     #[test]

@@ -31,6 +31,7 @@ fn facts() -> JoinSubject {
         memory_bytes: 1 << 30,
         store_id: StoreId(4),
         replace: None,
+        networks: Vec::new(),
     })
 }
 

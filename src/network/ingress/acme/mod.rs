@@ -5,7 +5,7 @@
 //! comes out is kept by the caller, as is the account key; nothing is written here.
 //!
 //! Blocks for up to two minutes; it belongs on a blocking thread of the one node that is in charge. When to ask and when
-//! to ask again is decided by pure functions, because authorities count failures.
+//! to ask again is the planner's, because authorities count failures.
 //!
 //! Invariant: an authority that is asked to hold to its protocol issues (`an_order_ends_with_a_certificate`), and one that
 //! refuses is quoted (`a_refusal_is_told_in_the_authority_s_words`).
@@ -19,11 +19,6 @@ mod tests;
 
 pub use account::AccountKey;
 pub use order::{Issued, Wish, obtain};
-
-/// The production service of Let's Encrypt.
-pub const LETS_ENCRYPT: &str = "https://acme-v02.api.letsencrypt.org/directory";
-const FIRST_PAUSE_SECONDS: u64 = 3600;
-const LONGEST_PAUSE_SECONDS: u64 = 24 * 3600;
 
 #[derive(Debug, thiserror::Error)]
 pub enum AcmeError {
@@ -67,18 +62,4 @@ pub enum AcmeError {
     Key,
     #[error("make the request for the certificate")]
     Csr(#[source] rcgen::Error),
-}
-
-/// Whether a certificate should be renewed: in the last third of its life. All in seconds since 1970.
-pub fn is_due(not_before: u64, not_after: u64, now: u64) -> bool {
-    let life = not_after.saturating_sub(not_before);
-    now >= not_after.saturating_sub(life / 3)
-}
-
-/// How long to wait after so many failures in a row: an hour, doubling up to a day. Authorities block who asks more.
-pub fn pause_seconds(failures: u32) -> u64 {
-    match failures {
-        0 => 0,
-        _ => (FIRST_PAUSE_SECONDS << (failures - 1).min(10)).min(LONGEST_PAUSE_SECONDS),
-    }
 }

@@ -2,7 +2,7 @@
 //! fetches the answers to its challenges through a real ingress.
 
 use super::account::base64url;
-use super::{AccountKey, AcmeError, Issued, Wish, is_due, obtain, pause_seconds};
+use super::{AccountKey, AcmeError, Issued, Wish, obtain};
 use crate::network::ingress::tests::kit::{Answer, Client, Site, any_port, read_body, read_head};
 use crate::network::ingress::{Routes, certificate_from_pem};
 use base64::Engine;
@@ -404,20 +404,4 @@ fn an_account_key_reads_back() {
     let again = AccountKey::from_pkcs8(key.pkcs8()).unwrap();
     assert_eq!(key.thumbprint(), again.thumbprint());
     assert!(AccountKey::from_pkcs8(b"no key").is_err());
-}
-
-#[test]
-fn a_certificate_is_renewed_in_its_last_third() {
-    const DAY: u64 = 86_400;
-    for (now, wanted) in [(0, false), (59 * DAY, false), (60 * DAY, true), (100 * DAY, true)] {
-        assert_eq!(is_due(0, 90 * DAY, now), wanted, "day {}", now / DAY);
-    }
-    assert!(is_due(10, 5, 10), "one that makes no sense is replaced");
-}
-
-#[test]
-fn pauses_grow_up_to_a_day() {
-    let hours: Vec<u64> = (0..8).map(|failures| pause_seconds(failures) / 3600).collect();
-    assert_eq!(hours, [0, 1, 2, 4, 8, 16, 24, 24]);
-    assert_eq!(pause_seconds(u32::MAX), 24 * 3600);
 }

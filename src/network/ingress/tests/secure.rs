@@ -2,11 +2,12 @@
 
 use super::kit::{Client, Endpoint, LIMIT, Site, any_port, header, route};
 use crate::network::ingress::{
-    CertificateError, HostCertificate, IngressConfig, Routes, certificate_from_pem,
+    CertificateError, HostCertificate, IngressConfig, Routes, certificate_from_pem, covers,
 };
 use crate::tasks::within;
 use async_io::Async;
 use bytes::Bytes;
+use futures_lite::{AsyncReadExt, AsyncWriteExt};
 use futures_rustls::TlsConnector;
 use http_body_util::{BodyExt, Empty, Full};
 use hyper::{Request, Version};
@@ -142,6 +143,49 @@ fn http1_passes_by_tls_too() {
         assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "web");
     };
     async_io::block_on(executor.run(within(LIMIT, work))).expect("in time");
+}
+
+#[test]
+fn a_websocket_passes_by_tls_too() {
+    let shop = pair("shop.test");
+    let endpoint = Endpoint::start("web");
+    let certificates = vec![given("shop.test", &shop)];
+    let routes = vec![route("/", &[endpoint.address])];
+    let site = Site::start(Default::default(), Routes { routes, certificates, ..any_port() });
+    let work = async {
+        let mut stream = connect(site.port(true), "shop.test", &shop, &[b"http/1.1"]).await.unwrap();
+        let ask = "GET /ws HTTP/1.1\r\nhost: shop.test\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n";
+        stream.write_all(ask.as_bytes()).await.unwrap();
+        let mut seen = Vec::new();
+        for (sent, wanted) in [("", "\r\n\r\n"), ("ping\n", "ping\n"), ("pong\n", "pong\n")] {
+            stream.write_all(sent.as_bytes()).await.unwrap();
+            while !seen.ends_with(wanted.as_bytes()) {
+                let mut byte = [0];
+                stream.read_exact(&mut byte).await.unwrap();
+                seen.push(byte[0]);
+            }
+        }
+        assert!(seen.starts_with(b"HTTP/1.1 101"), "{}", String::from_utf8_lossy(&seen));
+    };
+    async_io::block_on(within(LIMIT, work)).expect("in time");
+}
+
+#[test]
+fn a_certificate_is_for_the_hosts_that_it_names() {
+    let certificate = |names: &[&str]| {
+        let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
+        let made = rcgen::generate_simple_self_signed(names).unwrap();
+        certificate_from_pem(&made.cert.pem(), &made.signing_key.serialize_pem()).unwrap()
+    };
+    let shop = certificate(&["shop.test", "*.wild.test"]);
+    let about = covers(&shop, "shop.test").unwrap();
+    assert_eq!(about.names, ["shop.test", "*.wild.test"]);
+    assert!(about.not_before < about.not_after);
+    assert!(covers(&shop, "*.wild.test").is_ok() && covers(&shop, "x.wild.test").is_ok());
+    for other in ["other.test", "*.shop.test", "wild.test"] {
+        let refused = covers(&shop, other).unwrap_err();
+        assert_eq!(refused.to_string(), "it is for shop.test, *.wild.test", "{other}");
+    }
 }
 
 #[test]

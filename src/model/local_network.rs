@@ -1,0 +1,48 @@
+//! A network that a machine has apart from the cluster's own.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::net::Ipv4Addr;
+
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct LocalNetwork {
+    pub address: Ipv4Addr,
+    pub prefix_length: u8,
+    /// The interface that leads there.
+    pub interface: String,
+}
+
+impl LocalNetwork {
+    /// Whether it shares an address with this /16.
+    pub fn overlaps(&self, range: Ipv4Addr) -> bool {
+        let first_bits = |address: Ipv4Addr| {
+            u32::from(address).checked_shr(32 - u32::from(self.prefix_length.min(16))).unwrap_or(0)
+        };
+        first_bits(range) == first_bits(self.address)
+    }
+}
+
+impl fmt::Display for LocalNetwork {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}/{} ({})", self.address, self.prefix_length, self.interface)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn networks_overlap_when_one_holds_the_other() {
+        let network = |address: [u8; 4], prefix_length: u8| LocalNetwork {
+            address: address.into(),
+            prefix_length,
+            interface: "eth0".into(),
+        };
+        let range = Ipv4Addr::new(10, 77, 0, 0);
+        assert!(network([10, 77, 3, 4], 24).overlaps(range));
+        assert!(network([10, 1, 2, 3], 8).overlaps(range));
+        assert!(!network([10, 78, 0, 1], 16).overlaps(range));
+        assert!(!network([192, 168, 1, 1], 24).overlaps(range));
+    }
+}
