@@ -14,6 +14,7 @@ mod health;
 mod hints;
 pub mod launch;
 mod lease;
+pub mod machine_end;
 mod mesh;
 mod names;
 mod reconcile;

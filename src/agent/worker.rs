@@ -754,14 +754,14 @@ fn memory_limit(state: &State, id: InstanceId) -> u64 {
 }
 
 /// The signal that the service names, if it does, and its grace.
-fn stop_of(state: &State, id: InstanceId) -> (Option<i32>, Duration) {
+pub(super) fn stop_of(state: &State, id: InstanceId) -> (Option<i32>, Duration) {
     let spec = spec_of(state, id);
     let signal = spec.and_then(|spec| spec.stop_signal.as_deref()).and_then(signal_number);
     let grace_ms = spec.map_or(crate::model::spec::STOP_GRACE_MS, |spec| spec.stop_grace_ms);
     (signal, Duration::from_millis(grace_ms))
 }
 
-fn image_stop_signal(runtime: &crate::runtime::Runtime, id: InstanceId) -> i32 {
+pub(super) fn image_stop_signal(runtime: &crate::runtime::Runtime, id: InstanceId) -> i32 {
     let spec = runtime.spec(&container_id(id)).ok();
     spec.and_then(|spec| spec.image.stop_signal).as_deref().and_then(signal_number).unwrap_or(libc::SIGTERM)
 }

@@ -2,6 +2,8 @@
 //!
 //! `tinydc hello --ask HOST:PORT COUNT` asks such a server and counts who answers.
 //!
+//! `tinydc hello --eat MIB` takes that much memory and holds it: for trying limits.
+//!
 //! `GET /` answers who it is, `GET /health` that it is well. Blocking sockets and a few threads: it stays below 1 MiB.
 //! SIGTERM ends it at once, because a container's first process gets no default action for signals (pid_namespaces(7)).
 
@@ -38,6 +40,11 @@ fn run(args: &[std::ffi::OsString]) -> io::Result<()> {
     {
         return ask(&target.to_string_lossy(), &count.to_string_lossy());
     }
+    if let [option, mebibytes] = args
+        && option == "--eat"
+    {
+        return eat(&mebibytes.to_string_lossy());
+    }
     let port = match args {
         [] => std::env::var("PORT").ok().map_or(Ok(PORT), |port| port.parse()),
         [option, port] if option == "--port" => port.to_string_lossy().parse(),
@@ -67,6 +74,17 @@ fn run(args: &[std::ffi::OsString]) -> io::Result<()> {
     }
     signals.wait()?;
     Ok(())
+}
+
+/// Takes memory a mebibyte at a time, and keeps it.
+fn eat(mebibytes: &str) -> io::Result<()> {
+    let count: usize = mebibytes.parse().map_err(|_| io::Error::other("how many MiB?"))?;
+    // Written to, or it would only be promised.
+    let held: Vec<Vec<u8>> = (0..count).map(|_| vec![1; 1 << 20]).collect();
+    println!("holding {} MiB", held.len());
+    loop {
+        thread::sleep(Duration::from_secs(3600));
+    }
 }
 
 /// Prints a line for each instance that answered: how often, and its name.

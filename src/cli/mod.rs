@@ -9,6 +9,7 @@
 mod arguments;
 mod client;
 mod connection;
+pub mod console;
 mod contexts;
 pub mod demo;
 mod failure;

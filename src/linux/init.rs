@@ -35,7 +35,7 @@ fn watch(child: Pid) -> i32 {
     let _ = nix::sys::prctl::set_dumpable(false);
     let _ = nix::sys::prctl::set_name(c"tinydc-init");
     // SAFETY: nothing below uses a descriptor above 2, and no owner of one is dropped any more.
-    unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+    unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, 0) };
     let all = SigSet::all();
     loop {
         let mut number = 0;

@@ -7,6 +7,7 @@ pub mod cgroup;
 pub mod clock;
 pub mod disk;
 pub mod init;
+pub mod machine;
 pub mod mount;
 pub mod netns;
 pub mod packet;

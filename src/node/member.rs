@@ -1,8 +1,10 @@
 //! A member's run: transport, replica, agent, API, in this order; stopped in reverse.
 
 use super::outgoing::{Carrier, Late, from_bytes};
-use super::{Awaiting, Config, Ended, founding, machine};
-use crate::agent::{Agent, AgentConfig, Artifacts, Ground, Secrets, Ways, WaysKeeper, keep_leases};
+use super::{Awaiting, Config, Ended, Stop, founding, machine};
+use crate::agent::{
+    Agent, AgentConfig, Artifacts, Ground, Secrets, Ways, WaysKeeper, keep_leases, machine_end,
+};
 use crate::api::wire::{InitReply, JoinDone, TokenRequest};
 use crate::api::{
     ApiError, Backend, Connection, Server, answer_join, confirm_cluster_key, create_token, keep_certificates,
@@ -60,7 +62,7 @@ pub(crate) async fn run(
     config: &Config,
     executor: &Arc<Executor<'static>>,
     listener: &Arc<Async<UnixListener>>,
-    stopping: &async_channel::Receiver<()>,
+    stopping: &async_channel::Receiver<Stop>,
     identity: Identity,
     awaiting: Awaiting,
 ) -> Result<Ended> {
@@ -71,10 +73,7 @@ pub(crate) async fn run(
             None
         },
         futures_lite::future::or(
-            async {
-                let _ = stopping.recv().await;
-                Some(Ended::Stopped)
-            },
+            async { Some(Ended::Stopped(stopping.recv().await.unwrap_or(Stop::Daemon))) },
             async { run.ended.recv().await.ok() },
         ),
     )
@@ -86,17 +85,17 @@ pub(crate) async fn run(
     let backend = run.serve(listener).await?;
     run.tell(awaiting, &backend).await;
     let ended = futures_lite::future::or(
-        async {
-            let _ = stopping.recv().await;
-            Ended::Stopped
-        },
-        async { run.ended.recv().await.unwrap_or(Ended::Stopped) },
+        async { Ended::Stopped(stopping.recv().await.unwrap_or(Stop::Daemon)) },
+        async { run.ended.recv().await.unwrap_or(Ended::Stopped(Stop::Daemon)) },
     )
     .await;
-    if matches!(ended, Ended::Stopped) {
+    if let Ended::Stopped(stop) = ended {
         // Stopped first: a live agent would announce itself anew.
         backend.agent.stop().await;
         run.say_goodbye().await;
+        if stop == Stop::Machine {
+            machine_end::stop_containers(&backend.ground, &backend.replica.state(), executor).await;
+        }
     }
     if matches!(ended, Ended::Removed) {
         backend.agent.stop().await;

@@ -34,9 +34,18 @@ pub struct RunOptions {
     pub data_dir: Option<PathBuf>,
 }
 
+/// How far a stop goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stop {
+    /// Of the daemon; containers run on.
+    Daemon,
+    /// Of the machine, as its first process says by SIGQUIT: containers are stopped first.
+    Machine,
+}
+
 /// Why a member's run ended.
 pub(crate) enum Ended {
-    Stopped,
+    Stopped(Stop),
     /// It belongs to no cluster any more.
     Removed,
     Failed(String),
@@ -92,16 +101,17 @@ async fn serve(config: Config, executor: Arc<Executor<'static>>) -> Result<()> {
     let _lock = socket::lock_data_dir(&data_dir)?;
     let run_dir = config.run_dir();
     let listener = socket::listen(&run_dir)?;
-    let signals = async_signal::Signals::new([async_signal::Signal::Term, async_signal::Signal::Int])
+    use async_signal::Signal;
+    let signals = async_signal::Signals::new([Signal::Term, Signal::Int, Signal::Quit])
         .context("listen for signals")?;
-    let (stop, stopping) = async_channel::bounded::<()>(1);
+    let (stop, stopping) = async_channel::bounded::<Stop>(1);
     let listen_for_stop = executor.spawn(async move {
         use futures_lite::StreamExt;
         let mut signals = signals;
         while let Some(Ok(signal)) = signals.next().await {
             info!(?signal, "asked to stop");
             // A second signal finds the channel full.
-            let _ = stop.try_send(());
+            let _ = stop.try_send(if signal == Signal::Quit { Stop::Machine } else { Stop::Daemon });
         }
     });
     let outcome = live(&config, &executor, &listener, &stopping).await;
@@ -123,7 +133,7 @@ async fn live(
     config: &Config,
     executor: &Arc<Executor<'static>>,
     listener: &Arc<Async<UnixListener>>,
-    stopping: &async_channel::Receiver<()>,
+    stopping: &async_channel::Receiver<Stop>,
 ) -> Result<()> {
     let data_dir = config.data_dir();
     let identity = Identity::load(&data_dir)?;
@@ -137,7 +147,7 @@ async fn live(
     };
     let Some(identity) = Identity::load(&data_dir)? else { bail!("the identity has vanished") };
     match member::run(config, executor, listener, stopping, identity, awaiting).await? {
-        Ended::Stopped => Ok(()),
+        Ended::Stopped(_) => Ok(()),
         Ended::Failed(why) => Err(anyhow::anyhow!(why)),
         Ended::Removed => {
             founding::unjoin(&data_dir, &config.run_dir());
@@ -153,7 +163,7 @@ async fn wait_unjoined(
     config: &Config,
     executor: &Arc<Executor<'static>>,
     listener: &Arc<Async<UnixListener>>,
-    stopping: &async_channel::Receiver<()>,
+    stopping: &async_channel::Receiver<Stop>,
 ) -> Result<Option<Awaiting>> {
     let data_dir = config.data_dir();
     let node_name = config.name.clone().unwrap_or_else(machine::host_name);

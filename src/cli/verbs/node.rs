@@ -36,6 +36,7 @@ enum Action {
     Label(Label),
     Rm(Rm),
     RecoverKey(RecoverKey),
+    Flash(Flash),
 }
 
 /// Run the daemon in the foreground.
@@ -46,6 +47,17 @@ struct Run {
     /// configuration (default: /etc/tinydc.toml, if it exists)
     #[argh(option, arg_name = "FILE")]
     config: Option<PathBuf>,
+}
+
+/// Write an image into this board's other boot slot and start from it once; one that is no good is left again. At a
+/// board's prompt.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "flash", help_triggers("-h", "--help"))]
+#[argh(example = "tinydc node flash http://192.168.1.10:8000/tinydc-rpi4.img.zst")]
+struct Flash {
+    /// what images/build made, with its .sha256 beside it: a file or an http address
+    #[argh(positional, arg_name = "IMAGE")]
+    image: String,
 }
 
 /// List the nodes.
@@ -128,10 +140,13 @@ impl Node {
     }
 
     pub async fn run(self, session: &Session) -> anyhow::Result<()> {
+        if let Action::Flash(flash) = self.action {
+            return crate::boot::flash(&flash.image, &print_line);
+        }
         let client = session.client()?;
         let path = |name: &str, rest: &str| format!("/v1/nodes/{}{rest}", escape(name));
         match self.action {
-            Action::Run(_) => Ok(()),
+            Action::Run(_) | Action::Flash(_) => Ok(()),
             Action::Ls(_) => {
                 let nodes = client.nodes().await?;
                 session.show(&nodes, |nodes| node_table(&nodes.nodes).print())

@@ -1,6 +1,6 @@
 //! Images on this node: stored by digest, fetched from any source, loaded from archives, removed when unused.
 
-mod decompress;
+pub mod decompress;
 mod digest;
 mod fetch;
 mod load;

@@ -1,0 +1,44 @@
+//! Stops every container of this node before its machine ends, each with its own signal and within its own grace.
+//!
+//! Input: the state, for signals and graces. Output: stopped containers, whose end nobody reports: the next start finds
+//! them ended and starts anew what is still wanted here. The agent must have been stopped before.
+
+use super::launch::{Ground, container_id, instance_of};
+use super::worker::{image_stop_signal, stop_of};
+use crate::runtime::ContainerState;
+use crate::state::State;
+use async_executor::{Executor, Task};
+use std::sync::Arc;
+use tracing::{info, warn};
+
+pub async fn stop_containers(ground: &Ground, state: &Arc<State>, executor: &Executor<'static>) {
+    let listing = ground.runtime.clone();
+    let running = smol::unblock(move || listing.list()).await.unwrap_or_else(|error| {
+        warn!(%error, "list containers");
+        Vec::new()
+    });
+    let is_running = |state: &ContainerState| matches!(state, ContainerState::Running { .. });
+    let running = running.into_iter().filter(|container| is_running(&container.state));
+    let ids: Vec<_> = running.filter_map(|container| instance_of(&container.id)).collect();
+    info!(containers = ids.len(), "the machine ends");
+    let stops: Vec<Task<()>> = ids
+        .into_iter()
+        .map(|id| {
+            let (signal, grace) = stop_of(state, id);
+            let runtime = ground.runtime.clone();
+            executor.spawn(async move {
+                let outcome = smol::unblock(move || {
+                    let number = signal.unwrap_or_else(|| image_stop_signal(&runtime, id));
+                    runtime.stop(&container_id(id), number, grace)
+                })
+                .await;
+                if let Err(error) = outcome {
+                    warn!(instance = %id, %error, "stop a container");
+                }
+            })
+        })
+        .collect();
+    for stop in stops {
+        stop.await;
+    }
+}

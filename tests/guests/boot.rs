@@ -1,0 +1,109 @@
+//! One board: from a flashed card to a node, and its orderly end.
+
+use crate::Case;
+use crate::field::Field;
+use crate::guest::{START_LIMIT, Setup};
+use anyhow::{Result, ensure};
+use std::time::{Duration, Instant};
+
+pub const CASES: &[Case] = &[
+    Case {
+        name: "first-boot",
+        proves: "a flashed card becomes a node: its partition grows, a cluster is founded at the prompt, and the board \
+                 comes back after each orderly end",
+        run: first_boot,
+    },
+    Case {
+        name: "wrong-settings",
+        proves: "a wrong tinydc.toml is told with its line, and the board comes up with defaults",
+        run: wrong_settings,
+    },
+    Case {
+        name: "no-data",
+        proves: "a card without a data partition gives a board that runs in memory and says so, on the network too",
+        run: no_data,
+    },
+];
+
+fn first_boot(field: &mut Field) -> Result<()> {
+    field.serve_dhcp(10, 3600)?;
+    let index = field.add(Setup::new("name = \"pi1\"\n"))?;
+    let begin = Instant::now();
+    field.start(index)?;
+    let guest = &mut field.guests[index];
+    let data = guest.wait_said(" data ", START_LIMIT)?;
+    ensure!(data.contains("partition grown to") && data.contains("file system grown to"), "{data}");
+    let ready = guest.wait_ready()?;
+    guest.wait_said("eth0: address 10.97.0.11/24", Duration::from_secs(20))?;
+    field.remark(data);
+    field.remark(ready);
+    field.note("from the plug to a node that answers", begin);
+    let guest = &mut field.guests[index];
+    let screen = guest.type_line("pi1", "")?;
+    ensure!(screen.contains("join TOKEN") || screen.contains("belongs to no cluster"), "{screen}");
+    let founded = guest.type_line("pi1", "init")?;
+    ensure!(founded.contains("tinydc join tdc-join-"), "{founded}");
+    let report = guest.type_line("pi1", "report")?;
+    ensure!(!report.contains("FAILED") && !report.contains("problem:"), "{report}");
+    let nodes = guest.type_line("pi1", "node ls")?;
+    ensure!(nodes.contains("pi1") && nodes.contains("up"), "{nodes}");
+    guest.type_last("poweroff")?;
+    let off = Instant::now();
+    guest.wait_for("power off: now", Duration::from_secs(30))?;
+    guest.wait_off(Duration::from_secs(20))?;
+    field.note("switched off in order", off);
+
+    // Again: identity and cluster stay, nothing grows, the power button ends the run.
+    field.start(index)?;
+    let guest = &mut field.guests[index];
+    let data = guest.wait_said(" data ", START_LIMIT)?;
+    ensure!(!data.contains("grown"), "{data}");
+    guest.wait_ready()?;
+    let nodes = guest.type_line("pi1", "node ls")?;
+    ensure!(nodes.contains("pi1") && nodes.contains("leader"), "{nodes}");
+    guest.qmp("system_powerdown", serde_json::json!({}))?;
+    guest.wait_for("power button", Duration::from_secs(20))?;
+    guest.wait_for("power off: now", Duration::from_secs(30))?;
+    guest.wait_off(Duration::from_secs(20))
+}
+
+fn wrong_settings(field: &mut Field) -> Result<()> {
+    let text = "name = \"pi1\"\n\naddress = \"192.168.1.5\"\n";
+    let index = field.add(Setup::new(text))?;
+    field.start(index)?;
+    let guest = &mut field.guests[index];
+    let told = guest.wait_said("tinydc.toml:3:", START_LIMIT)?;
+    ensure!(told.contains("FAILED") && told.contains("\"192.168.1.5\" is no address"), "{told}");
+    guest.wait_said("so defaults are used", Duration::from_secs(5))?;
+    // The default name, from the hardware address.
+    let name = guest.wait_said("tinydc-009701", Duration::from_secs(20))?;
+    guest.wait_ready()?;
+    let screen = guest.type_line("tinydc-009701", "")?;
+    ensure!(screen.contains("tinydc.toml:3:"), "the screen shows the last problem: {screen}");
+    field.remark(told);
+    field.remark(name);
+    Ok(())
+}
+
+fn no_data(field: &mut Field) -> Result<()> {
+    field.serve_dhcp(10, 3600)?;
+    let index = field.add(Setup::new("name = \"pi1\"\n"))?;
+    // A card whose last partition was wiped.
+    crate::image::wipe_partition(&field.guests[index].disk, 4)?;
+    field.start(index)?;
+    let guest = &mut field.guests[index];
+    let told = guest.wait_said("NOTHING IS KEPT", START_LIMIT)?;
+    guest.wait_ready()?;
+    field.remark(told);
+    let address = field.address(11);
+    let mut page = String::new();
+    crate::field::until("the report by HTTP", Duration::from_secs(20), || {
+        page = field.http(address, 7480, "/")?;
+        Ok(page.contains("FAILED data"))
+    })?;
+    ensure!(page.contains("IN MEMORY"), "{page}");
+    // A founder in memory is a founder all the same.
+    let founded = field.guests[index].type_line("pi1", "init")?;
+    ensure!(founded.contains("tinydc join tdc-join-"), "{founded}");
+    Ok(())
+}

@@ -1,0 +1,174 @@
+//! Several boards: a cluster by token, an app from a laptop, a plug that is pulled.
+
+use crate::Case;
+use crate::field::{Field, until};
+use crate::guest::Setup;
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use std::fs;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+pub const CASES: &[Case] = &[
+    Case {
+        name: "three-boards",
+        proves: "three flashed cards become a cluster by a token in tinydc.toml, a laptop deploys on it, and when a plug \
+                 is pulled its instances run elsewhere",
+        run: three_boards,
+    },
+    Case {
+        name: "limits",
+        proves: "limits hold on a board (cgroup v2): what takes too much memory is killed alone and named",
+        run: limits,
+    },
+];
+
+/// What `images/build` put into the guests: also the container image of the tests.
+pub fn guest_binary() -> PathBuf {
+    std::env::var_os("TINYDC_GUEST_BINARY")
+        .map_or("target/cross/build/x86_64-unknown-linux-musl/guest/tinydc".into(), PathBuf::from)
+}
+
+const APP: &str = "\
+services:
+  web:
+    image: hello:1
+    ports: [\"8080:8080\"]
+    deploy:
+      replicas: 3
+      resources:
+        reservations: {memory: 8M}
+";
+
+/// The token in a line that the prompt printed.
+pub fn token_in(said: &str, start: &str) -> Result<String> {
+    let word = said.split_whitespace().find(|word| word.starts_with(start));
+    Ok(word.with_context(|| format!("a token {start}… in: {said}"))?.to_string())
+}
+
+/// The laptop gets its context from the prompt of a board, as a person would copy it.
+pub fn give_laptop_a_context(field: &mut Field, index: usize, name: &str) -> Result<()> {
+    let said = field.guests[index].type_line(name, "token --user ada")?;
+    let token = token_in(&said, "tdc-user-")?;
+    field.laptop(&["context", "create", "home", &token]).map(drop)
+}
+
+pub fn load_hello(field: &Field) -> Result<()> {
+    let words = ["/tinydc".to_string(), "hello".to_string()];
+    let image = tinydc::cli::lab::image_of("hello:1", &guest_binary(), &words, &[])?;
+    let path = field.laptop_dir().join("hello.tar");
+    fs::write(&path, image)?;
+    field.laptop(&["image", "load", "hello.tar"]).map(drop)
+}
+
+pub fn nodes_up(field: &Field) -> Result<usize> {
+    let nodes = field.laptop_json(&["node", "ls"])?;
+    Ok(nodes["nodes"].as_array().map_or(0, |all| all.iter().filter(|node| node["state"] == "up").count()))
+}
+
+/// Nodes on which instances of an app run, one for each instance.
+pub fn places(field: &Field, app: &str) -> Result<Vec<String>> {
+    let status = field.laptop_json(&["status"])?;
+    let services = status["services"].as_array().cloned().unwrap_or_default();
+    let instances = services
+        .iter()
+        .filter(|service| service["app"] == app)
+        .flat_map(|service| service["instances"].as_array().cloned().unwrap_or_default());
+    let is_up =
+        |row: &Value| row["desired"] == "run" && matches!(row["phase"].as_str(), Some("running" | "healthy"));
+    Ok(instances.filter(is_up).filter_map(|row| row["node"].as_str().map(String::from)).collect())
+}
+
+/// A founder and `count - 1` boards that join by its token; the laptop has its context.
+pub fn form(field: &mut Field, count: u8) -> Result<()> {
+    field.serve_dhcp(10, 3600)?;
+    let begin = Instant::now();
+    field.add(Setup::new("name = \"pi1\"\nbootstrap = true\n"))?;
+    field.start(0)?;
+    field.guests[0].wait_ready()?;
+    field.guests[0].wait_said("eth0: address", Duration::from_secs(20))?;
+    field.note("the first board is ready", begin);
+    let token = token_in(&field.guests[0].type_line("pi1", "token")?, "tdc-join-")?;
+    for number in 2..=count {
+        let index = field.add(Setup::new(&format!("name = \"pi{number}\"\njoin = \"{token}\"\n")))?;
+        field.start(index)?;
+    }
+    give_laptop_a_context(field, 0, "pi1")?;
+    until("all nodes are up", Duration::from_secs(150), || Ok(nodes_up(field)? == usize::from(count)))?;
+    field.note("all boards are members", begin);
+    Ok(())
+}
+
+fn three_boards(field: &mut Field) -> Result<()> {
+    form(field, 3)?;
+    for index in 1..3 {
+        field.guests[index].wait_said("the token in tinydc.toml was used", Duration::from_secs(30))?;
+    }
+    load_hello(field)?;
+    fs::write(field.laptop_dir().join("compose.yaml"), APP)?;
+    let begin = Instant::now();
+    let said = field.laptop(&["deploy", "--name", "shop", "--timeout", "120s"])?;
+    field.note("three instances deployed", begin);
+    ensure!(said.contains("8080"), "deploy ends with the addresses to open: {said}");
+    let mut spread = places(field, "shop")?;
+    spread.sort();
+    ensure!(spread == ["pi1", "pi2", "pi3"], "one on each: {spread:?}");
+    for number in 11..=13 {
+        let page = field.http(field.address(number), 8080, "/")?;
+        ensure!(!page.is_empty(), "the published port answers on every board");
+    }
+
+    let begin = Instant::now();
+    field.guests[2].kill();
+    until("three instances run on two boards", Duration::from_secs(60), || {
+        let places = places(field, "shop")?;
+        Ok(places.len() == 3 && !places.contains(&"pi3".to_string()))
+    })?;
+    field.note("a plug pulled: its instance runs elsewhere", begin);
+    let text = field.guests[2].settings()?;
+    ensure!(!text.contains("tdc-join-") && text.contains("# join:"), "the card keeps no token: {text}");
+
+    let begin = Instant::now();
+    field.start(2)?;
+    field.guests[2].wait_ready()?;
+    until("the board is back", Duration::from_secs(60), || Ok(nodes_up(field)? == 3))?;
+    field.note("the board is back", begin);
+    Ok(())
+}
+
+const HUNGRY: &str = "\
+services:
+  web:
+    image: hello:1
+    deploy: {replicas: 1}
+  hungry:
+    image: hello:1
+    command: [\"hello\", \"--eat\", \"200\"]
+    entrypoint: [\"/tinydc\"]
+    restart: on-failure
+    deploy:
+      replicas: 1
+      resources:
+        limits: {memory: 24M}
+";
+
+fn limits(field: &mut Field) -> Result<()> {
+    form(field, 1)?;
+    load_hello(field)?;
+    fs::write(field.laptop_dir().join("compose.yaml"), HUNGRY)?;
+    // It never settles, so deploying it fails; what counts is why.
+    let refused = field.laptop(&["deploy", "--name", "diner", "--timeout", "30s"]);
+    until("the kill is told with its limit", Duration::from_secs(40), || {
+        let told = field.laptop(&["ps", "diner"])?.to_lowercase();
+        Ok(told.contains("memory"))
+    })?;
+    field.remark(format!("deploy: {}", refused.map_or_else(|error| format!("{error:#}"), |said| said)));
+    until("its neighbour runs on", Duration::from_secs(20), || {
+        let status = field.laptop_json(&["status"])?;
+        let services = status["services"].as_array().cloned().unwrap_or_default();
+        Ok(services.iter().any(|one| one["name"] == "web" && one["running"] == 1))
+    })?;
+    let modules = field.guests[0].type_line("pi1", "report")?;
+    ensure!(modules.contains("cgroups") && modules.contains("memory"), "{modules}");
+    Ok(())
+}
