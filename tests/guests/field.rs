@@ -160,6 +160,20 @@ impl Field {
         Ok(text.split_once("\r\n\r\n").map(|(_, body)| body.to_string()).unwrap_or_default())
     }
 
+    /// Serves files below `target/images` to the LAN on port 8000, until the field's end.
+    pub fn serve_images(&mut self) -> Result<()> {
+        let address = SocketAddr::from((self.address(254), 8000));
+        let listener = netns::in_netns(&self.lan.netns, move || std::net::TcpListener::bind(address))?;
+        // A thread that waits for clients ends with the process.
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                // A client that went away asks again.
+                let _ = serve_file(&mut stream);
+            }
+        });
+        Ok(())
+    }
+
     pub fn log_tails(&self) -> String {
         self.guests.iter().map(Guest::log_tail).collect()
     }
@@ -176,6 +190,17 @@ impl Drop for Field {
             eprintln!("warning: {} was not taken away whole: {error:#}", self.dir.display());
         }
     }
+}
+
+fn serve_file(stream: &mut TcpStream) -> std::io::Result<()> {
+    let mut line = String::new();
+    let mut reader = std::io::BufReader::new(stream.try_clone()?);
+    std::io::BufRead::read_line(&mut reader, &mut line)?;
+    let name = line.split(' ').nth(1).and_then(|path| path.rsplit('/').next()).unwrap_or_default();
+    let mut file = fs::File::open(Path::new("target/images").join(name))?;
+    let length = file.metadata()?.len();
+    write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n")?;
+    std::io::copy(&mut file, stream).map(drop)
 }
 
 /// Takes away what an earlier run left: processes that name the folder, the namespace, the files.

@@ -54,6 +54,17 @@ pub struct Guest {
     begin: usize,
 }
 
+/// Text without the sequences that colour it on a terminal.
+fn without_colours(text: &str) -> String {
+    let mut plain = String::new();
+    let mut parts = text.split("\x1b[");
+    plain += parts.next().unwrap_or_default();
+    for part in parts {
+        plain += part.split_once('m').map_or("", |(_, rest)| rest);
+    }
+    plain
+}
+
 pub fn hardware(number: u8) -> String {
     format!("52:54:00:00:97:{number:02x}")
 }
@@ -72,6 +83,10 @@ impl Guest {
             image::write_file(&disk, 1, "tinydc.toml", &setup.settings)?;
         }
         Ok(Guest { number, disk, dir, setup, qemu: None, serial: None, seen: 0, begin: 0 })
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     pub fn write_settings(&mut self, text: &str) -> Result<()> {
@@ -118,7 +133,7 @@ impl Guest {
             "-append",
             &format!("{} tinydc.log=ttyS1 {}", slot.command_line, self.setup.kernel_words),
         ]);
-        let has_drive = self.setup.machine_words.iter().any(|word| word.contains("id=card"));
+        let has_drive = self.setup.machine_words.iter().any(|word| word.contains("node-name=card"));
         if !has_drive {
             let drive = format!("file={},if=none,id=card,format=raw,cache=writeback", self.disk.display());
             command.args(["-drive", &drive]);
@@ -216,7 +231,7 @@ impl Guest {
         let said = self.log()[begin..].to_string();
         let said = said.split(&prompt).next().unwrap_or_default();
         // The first line is what was typed.
-        Ok(said.lines().skip(1).collect::<Vec<_>>().join("\n"))
+        Ok(without_colours(&said.lines().skip(1).collect::<Vec<_>>().join("\n")))
     }
 
     /// Types a line that ends the prompt.

@@ -11,8 +11,10 @@ mod cluster;
 mod field;
 mod guest;
 mod image;
+mod losses;
 mod network;
 mod power;
+mod slots;
 
 use anyhow::{Result, anyhow};
 use field::Field;
@@ -26,7 +28,7 @@ pub struct Case {
     pub run: fn(&mut Field) -> Result<()>,
 }
 
-const CASES: &[&[Case]] = &[boot::CASES, cluster::CASES, network::CASES, power::CASES];
+const CASES: &[&[Case]] = &[boot::CASES, cluster::CASES, network::CASES, power::CASES, slots::CASES];
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
