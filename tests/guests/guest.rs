@@ -9,10 +9,12 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tinydc::linux::netns;
 
 const LOG_LINES: usize = 40;
+/// A prompt that has said nothing for this long waits for a line.
+const QUIET: Duration = Duration::from_millis(1500);
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 pub const START_LIMIT: Duration = Duration::from_secs(120);
 
@@ -224,7 +226,15 @@ impl Guest {
         // A fresh prompt, so that what follows is the answer to this line alone.
         let before = self.log().len();
         self.type_bytes(b"\n")?;
-        until("the prompt answers", COMMAND_LIMIT, || Ok(self.log()[before..].contains(&prompt)))?;
+        // The screen may be drawn twice, for the prompt's start and for this: only then is the line typed.
+        let (mut length, mut since) = (0, Instant::now());
+        until("the prompt answers", COMMAND_LIMIT, || {
+            let log = self.log();
+            if log.len() != length {
+                (length, since) = (log.len(), Instant::now());
+            }
+            Ok(log[before..].contains(&prompt) && since.elapsed() > QUIET)
+        })?;
         let begin = self.log().len();
         self.type_bytes(format!("{line}\n").as_bytes())?;
         until(&format!("{line:?} is done"), COMMAND_LIMIT, || Ok(self.log()[begin..].contains(&prompt)))?;
