@@ -7,7 +7,7 @@ use super::routes::{Match, Verb, decode};
 use super::serve::Caller;
 use super::view::{Live, View};
 use super::wire::*;
-use super::{certificates, exec, images, instances, internal, keys, network, ports, secrets};
+use super::{certificates, exec, images, instances, internal, joining, keys, network, ports, secrets};
 use crate::model::*;
 use crate::state::{Command, Reply as StateReply, RequestMark, Role, State, TokenKind};
 use crate::transport::ids::AuthorityHash;
@@ -73,6 +73,10 @@ pub async fn handle(
         Verb::Authority => certificates::authority(backend).await,
         Verb::InternalPorts => ports::answer(backend, request).await,
         Verb::InternalNetwork => network::facts(backend).await,
+        Verb::Joining => joining::show(backend),
+        Verb::ShowCode => joining::show_code(backend, request).await,
+        Verb::Pending => joining::pending(backend),
+        Verb::Accept => joining::accept(backend, request).await,
         Verb::RecoverKey => keys::recover(backend, request).await,
         Verb::InternalWrite
         | Verb::InternalBlob

@@ -54,6 +54,10 @@ pub enum Verb {
     InternalChallenge,
     InternalCheck,
     Authority,
+    Joining,
+    ShowCode,
+    Pending,
+    Accept,
 }
 
 /// Who may use a route.
@@ -98,6 +102,10 @@ pub const ROUTES: &[Route] = &[
     route("GET", "/v1/tokens", Access::Operator, Verb::Tokens),
     route("POST", "/v1/tokens", Access::Operator, Verb::CreateToken),
     route("DELETE", "/v1/tokens/{id}", Access::Operator, Verb::RemoveToken),
+    route("POST", "/v1/codes", Access::Operator, Verb::ShowCode),
+    route("GET", "/v1/pending", Access::Viewer, Verb::Pending),
+    route("POST", "/v1/pending", Access::Operator, Verb::Accept),
+    route("GET", "/v1/joining", Access::Local, Verb::Joining),
     route("GET", "/v1/users", Access::Operator, Verb::Users),
     route("DELETE", "/v1/users/{name}", Access::Operator, Verb::RemoveUser),
     route("GET", "/v1/settings", Access::Viewer, Verb::Settings),

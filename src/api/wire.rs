@@ -332,6 +332,75 @@ pub struct TokenReply {
     pub line: String,
 }
 
+/// `GET /v1/joining`, on the local socket only: what this machine's own display may show.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JoiningBody {
+    /// `waiting` for a cluster, `listening` for one before it founds its own, `member`.
+    pub state: String,
+    pub node: String,
+    pub architecture: String,
+    pub cluster: Option<String>,
+    /// Six digits.
+    pub code: Option<String>,
+    /// Who gets a context by the code; without it the code lets this machine into a cluster.
+    pub code_for: Option<String>,
+    /// What to type elsewhere, whole.
+    pub line: Option<String>,
+    /// Of this machine's public key, as it is announced.
+    pub key_hash: Option<String>,
+    /// SHA-256 of the cluster's CA.
+    pub authority_hash: Option<String>,
+    pub problem: Option<String>,
+}
+
+/// `POST /v1/codes`: shows a code on the node that answers. Answers `CodeBody`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CodeWish {
+    pub user: String,
+    #[serde(default)]
+    pub is_viewer: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CodeBody {
+    pub code: String,
+    /// Seconds for which it may be used.
+    pub valid_seconds: u64,
+    /// What to type on the laptop, whole.
+    pub line: String,
+}
+
+/// `GET /v1/pending`: machines on this node's LAN that belong to no cluster, as they say.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PendingBody {
+    pub machines: Vec<PendingMachine>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PendingMachine {
+    pub name: String,
+    /// With the UDP port.
+    pub address: String,
+    pub architecture: String,
+    pub waits_ms: u64,
+    pub key_hash: String,
+}
+
+/// `POST /v1/pending`: takes a machine into the cluster by its code. Answers `AcceptReply`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AcceptRequest {
+    pub code: String,
+    /// Its name, or its address where it is not heard; without it each machine that waits is tried.
+    pub machine: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AcceptReply {
+    pub node: String,
+    pub cluster: String,
+    pub address: String,
+}
+
 /// `GET /v1/tokens`; `DELETE /v1/tokens/{id}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokensBody {

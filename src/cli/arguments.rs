@@ -27,8 +27,10 @@ pub struct Arguments {
     pub words: Vec<String>,
 }
 
-/// Long options that take a value, of all verbs: none is a switch elsewhere.
+/// Long options that take a value, of all verbs: none is a switch elsewhere. `--code` is one with `token`, and takes the
+/// code with `context create`.
 const VALUED: &[&str] = &[
+    "--board",
     "--config",
     "--container-range",
     "--env",
@@ -36,6 +38,7 @@ const VALUED: &[&str] = &[
     "--name",
     "--port",
     "--replace",
+    "--ssh-key",
     "--tail",
     "--timeout",
     "--user",
@@ -82,7 +85,7 @@ impl Reader {
                 self.read.push("--".into());
                 self.take_rest(word);
             } else if let Some(name) = word.strip_prefix("--") {
-                self.take_long(name)?;
+                self.take_long(&verb, name)?;
             } else if let Some(letters) = word.strip_prefix('-') {
                 self.take_short(&verb, letters)?;
             } else {
@@ -120,7 +123,7 @@ impl Reader {
         }
     }
 
-    fn take_long(&mut self, name: &str) -> Result<(), Failure> {
+    fn take_long(&mut self, verb: &str, name: &str) -> Result<(), Failure> {
         let (name, joined) = match name.split_once('=') {
             Some((name, value)) => (name, Some(value)),
             None => (name, None),
@@ -131,7 +134,7 @@ impl Reader {
             "host" => self.globals.host = Some(self.value(&option, joined)?),
             "data-dir" => self.globals.data_dir = Some(self.value(&option, joined)?.into()),
             "json" if joined.is_none() => self.globals.is_json = true,
-            _ if VALUED.contains(&option.as_str()) => {
+            _ if VALUED.contains(&option.as_str()) || (verb == "context" && name == "code") => {
                 let value = self.value(&option, joined)?;
                 self.read.extend([option, value]);
             }
@@ -180,6 +183,8 @@ mod tests {
         check("scale web=3", "scale web=3");
         check("node label pi1 disk=ssd gpu-", "node label pi1 disk=ssd gpu-");
         check("image load -", "image load -- -");
+        check("token --user ann --code", "token --user ann --code");
+        check("context create a --code=493112", "context create a --code 493112");
     }
 
     #[test]

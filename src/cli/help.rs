@@ -18,10 +18,10 @@ Apps
   rm           remove an app; its volumes are kept unless told otherwise (also: down)
 
 Cluster
-  init         found a cluster on this node
+  init         found a cluster on this node, or on a board that shows a code
   token        a line that lets nodes join, or a person use the cluster from a laptop
-  join, leave  become a member of a cluster; stop being one
-  node         run the daemon; list, drain, label and remove nodes
+  join, leave  become a member of a cluster, or show how; stop being one
+  node         run the daemon; take machines in; list, drain, label and remove nodes
   user         who may use the cluster from a laptop
   settings     what holds for the whole cluster
   net          addresses, endpoints, ways between nodes, and what is in the way

@@ -7,6 +7,7 @@
 //! Invariant: nothing but what was asked for goes to standard output; progress and errors go to standard error.
 
 mod arguments;
+mod by_code;
 mod client;
 mod connection;
 pub mod console;

@@ -1,5 +1,6 @@
 //! `/etc/tinydc.toml`: what belongs to one machine. An unknown key is an error with its line.
 
+use crate::transport::operators::OperatorKey;
 use serde::Deserialize;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,9 @@ pub struct Config {
     pub bootstrap: bool,
     /// A token: join its cluster if this machine belongs to none.
     pub join: Option<String>,
+    /// Public keys of people, in OpenSSH's form, who get an operator's context from this node.
+    #[serde(default)]
+    pub operators: Vec<OperatorKey>,
     /// Names or addresses of peers, tried while no quorum is connected.
     #[serde(default)]
     pub peers: Vec<String>,
@@ -100,6 +104,9 @@ mod tests {
         assert!(text.starts_with("x.toml:3: ") && text.contains("colour"), "{text}");
         let error = Config::parse(Path::new("x.toml"), "name = \"pi1\"\nlisten = \"nowhere\"\n").unwrap_err();
         assert!(error.to_string().starts_with("x.toml:2: "), "{error}");
+        let text = "name = \"pi1\"\n\noperators = [\"ssh-rsa AAAA ann\"]\n";
+        let error = Config::parse(Path::new("x.toml"), text).unwrap_err().to_string();
+        assert!(error.starts_with("x.toml:3: ") && error.contains("only ssh-ed25519"), "{error}");
     }
 
     #[test]

@@ -67,7 +67,7 @@ fn free_range(range: Ipv4Addr, what: &str, taken: Option<Ipv4Addr>) -> Result<Ip
 /// Makes the first member: keys, CA, an empty log, and the command that founds the cluster.
 pub fn init(data_dir: &Path, node_name: &str, wish: &InitRequest) -> Result<Founded, ApiError> {
     let internal = |error: &dyn std::error::Error| ApiError::internal(error);
-    let name = wish.name.clone().unwrap_or_else(|| "home".into());
+    let name = wish.name.clone().unwrap_or_else(|| super::unjoined::CLUSTER_NAME.into());
     if !ids::is_label(&name) {
         return Err(ApiError::invalid(format!("{name:?} is not a cluster's name: use a–z, 0–9 and '-'")));
     }
@@ -140,6 +140,17 @@ pub fn forget_founding(data_dir: &Path) {
     let _ = fs::remove_file(data_dir.join(FOUNDING_FILE));
 }
 
+/// This machine's key, made at its first start and kept: repeating a join returns the same id.
+pub fn node_key(data_dir: &Path) -> Result<NodeKey, ApiError> {
+    if let Some(known) = Identity::load(data_dir).map_err(|error| ApiError::internal(&error))? {
+        return Ok(known.node_key);
+    }
+    let node_key = NodeKey::create().map_err(|error| ApiError::internal(&error))?;
+    let unjoined = Identity { node_key: node_key.clone(), membership: None, cluster_key: None };
+    unjoined.save(data_dir).map_err(|error| ApiError::internal(&error))?;
+    Ok(node_key)
+}
+
 /// Joins by a token and writes the member's identity.
 pub async fn join(
     executor: Arc<Executor<'static>>,
@@ -150,14 +161,7 @@ pub async fn join(
     let token = Token::from_text(TokenKind::Join, wish.token.trim()).map_err(|error| {
         ApiError::invalid(error.to_string()).hint("copy the whole line that tinydc token printed")
     })?;
-    // A key made before is used again: repeating a join returns the same id.
-    let known = Identity::load(data_dir).map_err(|error| ApiError::internal(&error))?;
-    let node_key = match known {
-        Some(identity) => identity.node_key,
-        None => NodeKey::create().map_err(|error| ApiError::internal(&error))?,
-    };
-    let unjoined = Identity { node_key: node_key.clone(), membership: None, cluster_key: None };
-    unjoined.save(data_dir).map_err(|error| ApiError::internal(&error))?;
+    let node_key = node_key(data_dir)?;
     let store_id = store_id_of(&node_key);
     let size = machine::size();
     let facts = NodeFacts {

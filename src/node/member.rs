@@ -7,8 +7,8 @@ use crate::agent::{
 };
 use crate::api::wire::{InitReply, JoinDone, TokenRequest};
 use crate::api::{
-    ApiError, Backend, Connection, Server, answer_join, confirm_cluster_key, create_token, keep_certificates,
-    open_sealed, peer,
+    ApiError, Backend, Connection, Server, answer_code, answer_join, confirm_cluster_key, context_line,
+    create_token, keep_certificates, open_sealed, peer,
 };
 use crate::consensus::{Message, MessageType};
 use crate::control::{ControlConfig, Input};
@@ -19,6 +19,9 @@ use crate::runtime::{Runtime, RuntimeConfig};
 use crate::state::{Command, State};
 use crate::storage::SqliteStore;
 use crate::transport::admission::{AdmissionTable, Known, admit};
+use crate::transport::by_code::CodeReply;
+use crate::transport::codes::{Grant, Lasting, Shown, make_code};
+use crate::transport::door::{CodeAsked, Door};
 use crate::transport::hello::{PeerClaim, Refusal, RefusalCode};
 use crate::transport::https::HttpsServer;
 use crate::transport::identity::Identity;
@@ -38,6 +41,10 @@ use tracing::{info, warn};
 
 /// A removal's last word to the peers may be on its way.
 const LEAVE_LIMIT: Duration = Duration::from_secs(60);
+/// In which whoever founded the cluster by code must come for its access.
+const FOUNDER_LIMIT: Duration = Duration::from_secs(120);
+/// Who comes in by the code that the first board shows.
+const FIRST_OPERATOR: &str = "operator";
 const LEAVE_LOOK: Duration = Duration::from_millis(200);
 const GOODBYE_LIMIT: Duration = Duration::from_millis(800);
 
@@ -67,6 +74,7 @@ pub(crate) async fn run(
     awaiting: Awaiting,
 ) -> Result<Ended> {
     let mut run = Run::start(config, executor, identity)?;
+    run.admit_founder(&awaiting);
     let ready = futures_lite::future::or(
         async {
             run.await_own_row().await;
@@ -83,6 +91,7 @@ pub(crate) async fn run(
         return Ok(ended);
     }
     let backend = run.serve(listener).await?;
+    run.show_first_code(&awaiting, &backend)?;
     run.tell(awaiting, &backend).await;
     let ended = futures_lite::future::or(
         async { Ended::Stopped(stopping.recv().await.unwrap_or(Stop::Daemon)) },
@@ -166,6 +175,7 @@ impl<'a> Run<'a> {
             end: end.clone(),
             late: late.clone(),
             gate,
+            door: transport.door().clone(),
         };
         let members = keep_members(transport.clone(), replica.handle().clone(), data_dir, node);
         let tasks = vec![watch_halt, executor.spawn(pump.run(events)), executor.spawn(members)];
@@ -184,6 +194,39 @@ impl<'a> Run<'a> {
             ended,
             end,
         })
+    }
+
+    /// Before anybody may ask: a secret that is not known yet would be refused as a wrong one.
+    fn admit_founder(&self, awaiting: &Awaiting) {
+        if let Awaiting::Founder { person, secret } = awaiting {
+            self.transport.door().show(Shown {
+                code: secret.clone(),
+                grant: Grant::Person { name: person.clone(), is_viewer: false },
+                lasting: Lasting::Hidden,
+                until: Some(Instant::now() + FOUNDER_LIMIT),
+                wrong_tries: 0,
+            });
+        }
+    }
+
+    /// A board that founded its cluster by itself shows how a first laptop gets in, until one has.
+    fn show_first_code(&self, awaiting: &Awaiting, backend: &Backend) -> Result<()> {
+        let is_first = self.config.bootstrap && self.node == NodeId(1);
+        let has_founder = matches!(awaiting, Awaiting::Founder { .. });
+        if is_first && !has_founder && self.replica.handle().state().users.rows().next().is_none() {
+            let grant = Grant::Person { name: FIRST_OPERATOR.into(), is_viewer: false };
+            let code = make_code()?;
+            let line = context_line(backend, &code);
+            info!(code, "no laptop has access yet; on one: {line}");
+            self.transport.door().show(Shown {
+                code,
+                grant,
+                lasting: Lasting::Renewed,
+                until: None,
+                wrong_tries: 0,
+            });
+        }
+        Ok(())
     }
 
     /// Until the state here knows this node; a founder first brings the founding into its log.
@@ -330,7 +373,7 @@ impl<'a> Run<'a> {
         let node = state.node_name(self.node);
         // Whoever asked may have gone.
         match awaiting {
-            Awaiting::Nobody => {}
+            Awaiting::Nobody | Awaiting::Founder { .. } => {}
             Awaiting::Join { reply } => {
                 let _ = reply.send(Ok(JoinDone { cluster, node, node_id: self.node.to_string() })).await;
             }
@@ -400,6 +443,7 @@ fn transport_config(
         fingerprint: machine::fingerprint(),
         peer_names: config.peers.clone(),
         announce_port: None,
+        operators: config.operators.clone(),
         bulk_bytes_max: 2 * limits::STATE_BYTES_MAX,
     }
 }
@@ -496,6 +540,7 @@ struct EventPump {
     end: async_channel::Sender<Ended>,
     late: Late,
     gate: Arc<Gate>,
+    door: Arc<Door>,
 }
 
 impl EventPump {
@@ -557,6 +602,7 @@ impl EventPump {
                     self.executor.spawn(answer_join(backend, asked)).detach();
                 }
             }
+            Event::Code(asked) => self.take_code(asked),
             Event::Up { claim } => {
                 let hello = &claim.hello;
                 self.replica.input_or_drop(Input::Greeted { peer: hello.node_id, start_id: hello.start_id });
@@ -567,6 +613,23 @@ impl EventPump {
                 if by == RefusedBy::Peer && refusal.code == RefusalCode::Removed {
                     let _ = self.end.try_send(Ended::Removed);
                 }
+            }
+        }
+    }
+}
+
+impl EventPump {
+    fn take_code(&self, asked: CodeAsked) {
+        match self.late.backend.get().cloned() {
+            Some(backend) => self.executor.spawn(answer_code(backend, asked)).detach(),
+            None => {
+                // Before this node serves its code must not be used up: the asker comes again.
+                if let Some(tried) = asked.tried {
+                    self.door.show(tried);
+                }
+                let sentence = "this node is starting; try again in a few seconds".into();
+                // It may have gone.
+                let _ = asked.reply.try_send(CodeReply::Refused { sentence, hint: String::new() });
             }
         }
     }

@@ -1,6 +1,6 @@
 //! Builds everything in order and stops it in reverse: the daemon, `tinydc node run`.
 //!
-//! Unjoined it answers only `init` and `join` on its local socket. As a member it runs the replica, the transport,
+//! Unjoined (`unjoined`) it waits for `init` or `join` on its local socket, or for somebody who knows its code. As a member it runs the replica, the transport,
 //! the agent and the API, until it is told to stop, its disk fails, or the cluster has let it go.
 
 mod config;
@@ -9,11 +9,12 @@ mod machine;
 mod member;
 mod outgoing;
 mod socket;
+mod unjoined;
 
 pub use config::{Config, ConfigError};
 
-use crate::api::wire::{InitReply, InitRequest, JoinBody, JoinDone};
-use crate::api::{ApiError, UnjoinedRequest, serve_unjoined};
+use crate::api::ApiError;
+use crate::api::wire::{InitReply, JoinDone};
 use crate::transport::identity::Identity;
 use anyhow::{Context, Result, bail};
 use async_executor::Executor;
@@ -51,11 +52,21 @@ pub(crate) enum Ended {
     Failed(String),
 }
 
-/// Somebody waits on the local socket for what `init` or `join` came to.
+/// Somebody waits for what `init` or `join` came to.
 pub(crate) enum Awaiting {
     Nobody,
-    Init { reply: async_channel::Sender<Result<InitReply, ApiError>>, recovery_key: String },
-    Join { reply: async_channel::Sender<Result<JoinDone, ApiError>> },
+    Init {
+        reply: async_channel::Sender<Result<InitReply, ApiError>>,
+        recovery_key: String,
+    },
+    Join {
+        reply: async_channel::Sender<Result<JoinDone, ApiError>>,
+    },
+    /// Whoever founded the cluster by code gets access by a secret that only the two ends of that session know.
+    Founder {
+        person: String,
+        secret: String,
+    },
 }
 
 pub fn run(options: RunOptions) -> Result<()> {
@@ -140,7 +151,7 @@ async fn live(
     let is_member = identity.as_ref().is_some_and(|identity| identity.membership.is_some());
     let awaiting = match is_member {
         true => Awaiting::Nobody,
-        false => match wait_unjoined(config, executor, listener, stopping).await? {
+        false => match unjoined::wait(config, executor, listener, stopping).await? {
             Some(awaiting) => awaiting,
             None => return Ok(()),
         },
@@ -154,111 +165,6 @@ async fn live(
             warn!("this node belongs to no cluster any more");
             // A fresh process under the same pid: what the member had open, its UDP port above all, is closed.
             Err(start_anew()).context("start anew without a cluster")
-        }
-    }
-}
-
-/// Answers the local socket until `init` or `join` succeeded; `None` when asked to stop.
-async fn wait_unjoined(
-    config: &Config,
-    executor: &Arc<Executor<'static>>,
-    listener: &Arc<Async<UnixListener>>,
-    stopping: &async_channel::Receiver<Stop>,
-) -> Result<Option<Awaiting>> {
-    let data_dir = config.data_dir();
-    let node_name = config.name.clone().unwrap_or_else(machine::host_name);
-    if config.bootstrap {
-        let (containers, vips) = config.network.as_deref().and_then(|text| text.split_once(' ')).unzip();
-        let wish = InitRequest {
-            name: None,
-            container_range: containers.map(String::from),
-            vip_range: vips.map(String::from),
-        };
-        let founded =
-            founding::init(&data_dir, &node_name, &wish).map_err(|error| anyhow::anyhow!("{error}"))?;
-        info!("founded a cluster, as `bootstrap = true` says");
-        println!("recovery key: {}", founded.recovery_key);
-        return Ok(Some(Awaiting::Nobody));
-    }
-    let (sender, requests) = async_channel::bounded(4);
-    let accepting = {
-        let (listener, executor) = (listener.clone(), executor.clone());
-        let tasks = executor.clone();
-        executor.spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                tasks.spawn(serve_unjoined(stream, sender.clone())).detach();
-            }
-        })
-    };
-    info!(socket = %config.run_dir().join(socket::FILE).display(),
-        "this node belongs to no cluster: found one with `tinydc init`, or join one with `tinydc join TOKEN`");
-    let by_config = config.join.clone().map(|token| JoinBody { token, replace: None });
-    let mut retry_join = by_config.is_some();
-    let awaiting = loop {
-        if retry_join && let Some(wish) = &by_config {
-            match founding::join(executor.clone(), &data_dir, &node_name, wish).await {
-                Ok(_) => break Some(Awaiting::Nobody),
-                Err(error) => warn!(%error, "join by the token of the configuration; trying again in 10 s"),
-            }
-        }
-        retry_join = false;
-        let next = futures_lite::future::or(
-            async { Next::Request(requests.recv().await.ok()) },
-            futures_lite::future::or(
-                async {
-                    let _ = stopping.recv().await;
-                    Next::Stop
-                },
-                async {
-                    async_io::Timer::after(std::time::Duration::from_secs(10)).await;
-                    Next::Retry
-                },
-            ),
-        )
-        .await;
-        match next {
-            Next::Stop | Next::Request(None) => break None,
-            Next::Retry => retry_join = true,
-            Next::Request(Some(request)) => {
-                if let Some(awaiting) = take(request, executor, &data_dir, &node_name).await {
-                    break Some(awaiting);
-                }
-            }
-        }
-    };
-    accepting.cancel().await;
-    Ok(awaiting)
-}
-
-enum Next {
-    Request(Option<UnjoinedRequest>),
-    Retry,
-    Stop,
-}
-
-async fn take(
-    request: UnjoinedRequest,
-    executor: &Arc<Executor<'static>>,
-    data_dir: &std::path::Path,
-    node_name: &str,
-) -> Option<Awaiting> {
-    match request {
-        UnjoinedRequest::Init { wish, reply } => match founding::init(data_dir, node_name, &wish) {
-            Ok(founded) => Some(Awaiting::Init { reply, recovery_key: founded.recovery_key }),
-            Err(error) => {
-                // Whoever asked may have gone.
-                let _ = reply.send(Err(error)).await;
-                None
-            }
-        },
-        UnjoinedRequest::Join { wish, reply } => {
-            match founding::join(executor.clone(), data_dir, node_name, &wish).await {
-                Ok(_) => Some(Awaiting::Join { reply }),
-                Err(error) => {
-                    let _ = reply.send(Err(error)).await;
-                    None
-                }
-            }
         }
     }
 }

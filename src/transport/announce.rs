@@ -40,10 +40,10 @@ const EVERY: Duration = Duration::from_secs(5);
 const STEP: Duration = Duration::from_millis(500);
 const PORT_OFFSET: u16 = 3;
 const MAGIC: &[u8] = b"tinydc announcement 1 ";
-const MDNS_GROUP: Ipv4Addr = Ipv4Addr::new(224, 0, 0, 251);
-const MDNS_PORT: u16 = 5353;
-const SERVICE: &str = "_tinydc._udp.local";
-const MDNS_TTL_SECONDS: u32 = 120;
+pub(super) const MDNS_GROUP: Ipv4Addr = Ipv4Addr::new(224, 0, 0, 251);
+pub(super) const MDNS_PORT: u16 = 5353;
+pub(super) const SERVICE: &str = "_tinydc._udp.local";
+pub(super) const MDNS_TTL_SECONDS: u32 = 120;
 const ANSWERS_A_SECOND_MAX: u32 = 20;
 /// Turns in which nodes answer for the cluster's name, over a tenth of a second.
 const STEPS: u64 = 10;
@@ -126,11 +126,11 @@ fn mdns_query() -> Option<Vec<u8>> {
 }
 
 #[derive(Clone, Debug)]
-struct Interface {
-    address: IpAddr,
+pub(super) struct Interface {
+    pub address: IpAddr,
     netmask: Option<Ipv4Addr>,
     broadcast: Option<Ipv4Addr>,
-    is_loopback: bool,
+    pub is_loopback: bool,
 }
 
 /// Read anew each time: addresses come and go.
@@ -159,6 +159,18 @@ fn interfaces() -> Vec<Interface> {
         .collect()
 }
 
+/// The interfaces that a listen address covers.
+pub(super) fn covered_by(listen: IpAddr) -> Vec<Interface> {
+    let covers = |interface: &Interface| {
+        if listen.is_unspecified() {
+            !interface.is_loopback
+        } else {
+            listen == interface.address || (listen.is_loopback() && interface.is_loopback)
+        }
+    };
+    interfaces().into_iter().filter(covers).collect()
+}
+
 impl Interface {
     /// Its own address, if `other` is on the same network.
     fn beside(&self, other: IpAddr) -> Option<Ipv4Addr> {
@@ -181,7 +193,7 @@ pub(super) fn interface_addresses() -> Vec<IpAddr> {
 }
 
 /// A socket on a port that other processes may use too.
-fn shared_socket(port: u16) -> io::Result<Async<UdpSocket>> {
+pub(super) fn shared_socket(port: u16) -> io::Result<Async<UdpSocket>> {
     let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None)?;
     sockopt::set_socket_reuseaddr(&socket, true)?;
     rustix::net::bind(&socket, &SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))?;
@@ -190,9 +202,28 @@ fn shared_socket(port: u16) -> io::Result<Async<UdpSocket>> {
 
 /// To the mDNS group on the interface with this address. A failure is as normal as in `announce`. Only one task sends
 /// so: the interface is the socket's.
-fn multicast_on(mdns: &Async<UdpSocket>, interface: Ipv4Addr, packet: &[u8]) {
+pub(super) fn multicast_on(mdns: &Async<UdpSocket>, interface: Ipv4Addr, packet: &[u8]) {
     if sockopt::set_ip_multicast_if(mdns, &interface).is_ok() {
         let _ = mdns.get_ref().send_to(packet, (MDNS_GROUP, MDNS_PORT));
+    }
+}
+
+/// To the mDNS group on each of these interfaces.
+pub(super) fn multicast_on_all(mdns: &Async<UdpSocket>, interfaces: &[Interface], packets: &[Vec<u8>]) {
+    for interface in interfaces {
+        let IpAddr::V4(address) = interface.address else { continue };
+        if !interface.is_loopback {
+            packets.iter().for_each(|packet| multicast_on(mdns, address, packet));
+        }
+    }
+}
+
+pub(super) fn join_groups(mdns: &Async<UdpSocket>, interfaces: &[Interface]) {
+    for interface in interfaces {
+        if let (IpAddr::V4(address), false) = (interface.address, interface.is_loopback) {
+            // Fails where it has joined already.
+            let _ = mdns.get_ref().join_multicast_v4(&MDNS_GROUP, &address);
+        }
     }
 }
 
@@ -222,17 +253,8 @@ impl Announcer {
         }
     }
 
-    /// The interfaces that the listen address covers.
     fn covered(&self) -> Vec<Interface> {
-        let listen = self.shared.config.listen.ip();
-        let covers = |interface: &Interface| {
-            if listen.is_unspecified() {
-                !interface.is_loopback
-            } else {
-                listen == interface.address || (listen.is_loopback() && interface.is_loopback)
-            }
-        };
-        interfaces().into_iter().filter(covers).collect()
+        covered_by(self.shared.config.listen.ip())
     }
 
     /// Failures are normal while interfaces come and go; the next round tries again.
@@ -253,14 +275,8 @@ impl Announcer {
         }
     }
 
-    /// To the mDNS group on each interface.
     fn multicast(&self, mdns: &Async<UdpSocket>, packets: &[Vec<u8>]) {
-        for interface in self.covered() {
-            let IpAddr::V4(address) = interface.address else { continue };
-            if !interface.is_loopback {
-                packets.iter().for_each(|packet| multicast_on(mdns, address, packet));
-            }
-        }
+        multicast_on_all(mdns, &self.covered(), packets);
     }
 
     /// Whether it deserves an answer.
@@ -311,6 +327,7 @@ impl Announcer {
                 for announcement in Announcement::from_mdns_response(&packet) {
                     self.heard(announcement, source);
                 }
+                lock(&self.shared.waiting).note(&packet, source, Instant::now());
                 continue;
             }
             let asks = packet.questions.iter().any(|question| question.qname.to_string() == SERVICE);
@@ -353,15 +370,6 @@ impl Announcer {
         Some(Later { at: Instant::now() + wait, message, interface })
     }
 
-    fn join_groups(&self, mdns: &Async<UdpSocket>) {
-        for interface in self.covered() {
-            if let (IpAddr::V4(address), false) = (interface.address, interface.is_loopback) {
-                // Fails where it has joined already.
-                let _ = mdns.get_ref().join_multicast_v4(&MDNS_GROUP, &address);
-            }
-        }
-    }
-
     /// Announces at once when this node becomes lonely, then every 5 s while it is.
     async fn tick(&self, mdns: Option<&Async<UdpSocket>>) {
         let mut due = Instant::now();
@@ -369,7 +377,7 @@ impl Announcer {
         loop {
             let now = Instant::now();
             if let (Some(mdns), true) = (mdns, now >= groups_due) {
-                self.join_groups(mdns);
+                join_groups(mdns, &self.covered());
                 groups_due = now + EVERY;
             }
             if self.shared.is_lonely.load(Ordering::Relaxed) && now >= due {
@@ -410,13 +418,13 @@ impl Announcer {
 
 /// Bounds how often this node answers, so that it is no use as a reflector.
 #[derive(Default)]
-struct Answers {
+pub(super) struct Answers {
     second: Option<Instant>,
     given: u32,
 }
 
 impl Answers {
-    fn allow(&mut self, now: Instant) -> bool {
+    pub fn allow(&mut self, now: Instant) -> bool {
         if self.second.is_none_or(|second| now.duration_since(second) >= Duration::from_secs(1)) {
             (self.second, self.given) = (Some(now), 0);
         }

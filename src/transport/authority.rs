@@ -16,6 +16,7 @@ use rcgen::{
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, UnixTime};
 use webpki::{EndEntityCert, KeyUsage};
 
+use super::identity::NodeKey;
 use super::ids::PublicKey;
 
 /// The name that every node certificate carries and that diallers expect.
@@ -175,6 +176,14 @@ impl Authority {
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
         self.sign(params, key, name)
     }
+}
+
+/// What a machine without a cluster shows for its key; nobody trusts it.
+pub(super) fn self_signed(key: &NodeKey) -> Result<CertificateDer<'static>, AuthorityError> {
+    let pair = KeyPair::try_from(&PrivatePkcs8KeyDer::from(key.as_pkcs8())).map_err(AuthorityError::Load)?;
+    let params = with_role("tinydc", NODE_NAME)?;
+    let certificate = params.self_signed(&pair).map_err(AuthorityError::Create)?;
+    Ok(certificate.der().clone())
 }
 
 fn with_role(common_name: &str, role: &str) -> Result<CertificateParams, AuthorityError> {

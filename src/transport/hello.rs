@@ -70,9 +70,11 @@ pub enum RefusalCode {
     TokenUsed = 17,
     Internal = 18,
     Other = 19,
+    CodeWrong = 20,
+    KeyUnknown = 21,
 }
 
-const CODES: [RefusalCode; 19] = {
+const CODES: [RefusalCode; 21] = {
     use RefusalCode::*;
     [
         NoCertificate,
@@ -94,6 +96,8 @@ const CODES: [RefusalCode; 19] = {
         TokenUsed,
         Internal,
         Other,
+        CodeWrong,
+        KeyUnknown,
     ]
 };
 

@@ -2,8 +2,10 @@
 //!
 //! `identity` holds this node's files, `authority` signs and reads certificates, `sealing` the cluster key; `tls` turns
 //! them into rustls configurations; `peers` keeps one QUIC connection to every member over one UDP port;
-//! `announce` and `addresses` find members whose address changed; `join` lets a stranger with a token in; `https`
-//! serves the API's TCP port. It never decides who is a member: the node layer gives a table and a callback.
+//! `announce` and `addresses` find members whose address changed; `join` lets a stranger with a token in;
+//! `pending` is a machine without a cluster, `by_code` and `door` are the two ends of asking by a code (`pake` proves it,
+//! `codes` counts tries) or by an operator's key (`operators`); `https` serves the API's TCP port. It never decides who
+//! is a member: the node layer gives a table and a callback.
 //!
 //! Invariant: nobody without a node certificate of this cluster is told anything but the server's certificate chain
 //! (`tests::hostile::a_peer_without_a_certificate_is_told_nothing`), and `shutdown` leaves no task behind
@@ -13,8 +15,11 @@ pub mod addresses;
 pub mod admission;
 pub mod announce;
 pub mod authority;
+pub mod by_code;
+pub mod codes;
 mod codeword;
 mod dial;
+pub mod door;
 mod executor;
 mod frames;
 pub mod hello;
@@ -25,7 +30,11 @@ pub mod join;
 mod join_limit;
 mod join_server;
 pub mod local_names;
+pub mod operators;
+mod pake;
 pub mod peers;
+pub mod pending;
+mod pending_announce;
 pub mod sealing;
 mod serve;
 pub mod serving;

@@ -24,6 +24,7 @@ use tracing::{info, warn};
 use super::addresses::{self, AddressBook};
 use super::announce;
 use super::dial;
+use super::door::{CodeAsked, Door};
 use super::executor::{QuicRuntime, TaskGroup, endpoint_config, lock, within};
 use super::hello::{CLOSE_SHUTDOWN, PeerClaim, Refusal, RefusalCode};
 use super::identity::Identity;
@@ -31,11 +32,13 @@ use super::ids::{NodeId, PublicKey, StartId};
 use super::join::JoinAsked;
 use super::join_limit::JoinLimit;
 use super::local_names::LocalNames;
+use super::operators::OperatorKey;
+use super::pending_announce::Waiting;
 use super::sealing::derive_key;
 use super::serve;
 use super::streams::PeerStream;
 use super::table::{Shared, Table};
-use super::tls::{self, ALPN_JOIN, ALPN_PEER, TlsError};
+use super::tls::{self, ALPN_CODE, ALPN_JOIN, ALPN_PEER, TlsError};
 
 /// The longest frame; an entry is at most 1 MiB, and a message carries several.
 pub const FRAME_BYTES_MAX: usize = 2 << 20;
@@ -72,6 +75,8 @@ pub struct TransportConfig {
     pub peer_names: Vec<String>,
     /// UDP port of announcements; `None`: three above the listen port (7403). The cluster must agree on it.
     pub announce_port: Option<u16>,
+    /// Keys that get an operator's certificate.
+    pub operators: Vec<OperatorKey>,
     /// The longest bulk body taken from a peer.
     pub bulk_bytes_max: usize,
 }
@@ -118,6 +123,8 @@ pub enum Event {
     },
     /// A stranger holds its key and asks to join; answer within 15 s.
     Join(JoinAsked),
+    /// A stranger proved that it knows the code that this node shows, or a key of its configuration; answer within 30 s.
+    Code(CodeAsked),
 }
 
 /// What `connections` shows of one link.
@@ -185,7 +192,7 @@ impl Transport {
         let membership = config.identity.membership.clone().ok_or(StartError::NotMember)?;
         let key = config.identity.node_key.clone();
         let parameters = transport_parameters();
-        let server = tls::server_config(&key, &membership, &[ALPN_PEER, ALPN_JOIN])?;
+        let server = tls::server_config(&key, &membership, &[ALPN_PEER, ALPN_JOIN, ALPN_CODE])?;
         let mut server = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(server)?));
         server.transport_config(parameters.clone());
         let client = tls::peer_client_config(&key, &membership)?;
@@ -206,6 +213,9 @@ impl Transport {
         let (events, receiver) = async_channel::bounded(EVENTS_MAX);
         let (book_changed, on_book_changed) = async_channel::bounded(1);
         let (peers_changed, on_peers_changed) = async_channel::bounded(1);
+        let asked = events.clone();
+        let take = Box::new(move |asked_by_code| asked.try_send(Event::Code(asked_by_code)).is_ok());
+        let door = Door::new(config.operators.clone(), take);
         let shared = Arc::new(Shared {
             tasks: TaskGroup::new(config.executor.clone()),
             writers: TaskGroup::new(config.executor.clone()),
@@ -228,6 +238,8 @@ impl Transport {
             handshakes: AtomicUsize::new(0),
             bulks: AtomicUsize::new(0),
             join_limit: Mutex::new(JoinLimit::default()),
+            door,
+            waiting: Mutex::default(),
             started: Instant::now(),
             config,
         });
@@ -360,6 +372,16 @@ impl Transport {
             .into_iter()
             .map(|address| SocketAddr::new(address, self.shared.listen_port))
             .collect()
+    }
+
+    /// Where strangers with a code come in.
+    pub fn door(&self) -> &Arc<Door> {
+        &self.shared.door
+    }
+
+    /// Machines on the LAN that belong to no cluster, as their announcements say.
+    pub fn waiting(&self) -> Vec<Waiting> {
+        lock(&self.shared.waiting).rows(Instant::now())
     }
 
     pub fn listen_port(&self) -> u16 {

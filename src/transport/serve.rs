@@ -15,6 +15,7 @@ use rustls::pki_types::CertificateDer;
 use tracing::{debug, warn};
 
 use super::authority::{Role, read_client};
+use super::door;
 use super::executor::within;
 use super::frames::{self, FrameError};
 use super::hello::{
@@ -25,7 +26,7 @@ use super::join_server;
 use super::peers::{Event, FRAME_BYTES_MAX, RefusedBy};
 use super::streams::{self, StreamKind};
 use super::table::{DialledBy, FrameQueue, Link, Shared, malformed};
-use super::tls::{ALPN_JOIN, ALPN_PEER};
+use super::tls::{ALPN_CODE, ALPN_JOIN, ALPN_PEER};
 
 /// Connections that have not greeted yet; over it new ones are refused unseen.
 const HANDSHAKES_MAX: usize = 64;
@@ -97,6 +98,10 @@ async fn serve_connection(shared: Arc<Shared>, connecting: quinn::Connecting) {
         Some(ALPN_JOIN) => {
             drop(entered);
             join_server::serve(&shared, connection).await;
+        }
+        Some(ALPN_CODE) => {
+            drop(entered);
+            door::serve(&shared.door, connection).await;
         }
         _ => Refusal::new(RefusalCode::WrongProtocol, "no such protocol").close(&connection),
     }

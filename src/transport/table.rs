@@ -16,6 +16,7 @@ use async_channel::{Receiver, Sender};
 
 use super::addresses::AddressBook;
 use super::admission;
+use super::door::Door;
 use super::executor::{TaskGroup, lock};
 use super::frames::FrameError;
 use super::hello::{Hello, PROTOCOL, PeerClaim, Refusal, RefusalCode};
@@ -24,6 +25,7 @@ use super::ids::{NodeId, PublicKey};
 use super::join_limit::JoinLimit;
 use super::local_names::LocalNames;
 use super::peers::{Authorise, Event, FRAME_BYTES_MAX, RefusedBy, TransportConfig};
+use super::pending_announce::Heard;
 use super::serve;
 
 /// Two links younger than this were dialled across each other; of others the newest is the one that works.
@@ -173,6 +175,10 @@ pub(super) struct Shared {
     pub handshakes: AtomicUsize,
     pub bulks: AtomicUsize,
     pub join_limit: Mutex<JoinLimit>,
+    /// Strangers with a code.
+    pub door: Arc<Door>,
+    /// Machines without a cluster on the LAN.
+    pub waiting: Mutex<Heard>,
     pub started: Instant,
 }
 

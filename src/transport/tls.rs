@@ -26,6 +26,8 @@ use super::ids::AuthorityHash;
 pub const ALPN_PEER: &[u8] = b"tinydc/1";
 /// For strangers with a token; no client certificate.
 pub const ALPN_JOIN: &[u8] = b"tinydc-join/1";
+/// For strangers with a code or an operator's key; no client certificate, and any server's.
+pub const ALPN_CODE: &[u8] = b"tinydc-code/1";
 
 #[derive(Debug, thiserror::Error)]
 #[error("set up TLS with this identity")]
@@ -65,6 +67,8 @@ enum Anchor {
     Certificate(CertificateDer<'static>),
     /// A joiner holds its hash; the server's chain brings the CA itself.
     Hash(AuthorityHash),
+    /// Who knows only a code: the proof that follows finds out who answers.
+    Nobody,
 }
 
 /// Accepts servers with a node certificate of one CA. The name that was dialled does not count, nor do dates.
@@ -89,6 +93,7 @@ impl ServerCertVerifier for NodeServerVerifier {
                 .iter()
                 .find(|certificate| AuthorityHash::of(certificate) == *hash)
                 .ok_or(rustls::Error::InvalidCertificate(CertificateError::UnknownIssuer))?,
+            Anchor::Nobody => return Ok(ServerCertVerified::assertion()),
         };
         let peer =
             read_certificate(end_entity, authority, KeyUsage::server_auth()).map_err(certificate_error)?;
@@ -228,6 +233,27 @@ pub(super) fn peer_client_config(key: &NodeKey, membership: &Membership) -> Resu
 /// A stranger that holds a token.
 pub(super) fn join_client_config(authority: AuthorityHash) -> Result<ClientConfig, TlsError> {
     client_config(Anchor::Hash(authority), None, ALPN_JOIN)
+}
+
+/// Whoever holds a code or an operator's key.
+pub(super) fn code_client_config() -> Result<ClientConfig, TlsError> {
+    client_config(Anchor::Nobody, None, ALPN_CODE)
+}
+
+/// A machine without a cluster: its own word for its key is all it has.
+pub(super) fn pending_server_config(
+    key: &NodeKey,
+    certificate: CertificateDer<'static>,
+) -> Result<ServerConfig, TlsError> {
+    let mut config = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(TlsError)?
+        .with_no_client_auth()
+        .with_single_cert(vec![certificate], key.to_rustls())
+        .map_err(TlsError)?;
+    config.alpn_protocols = vec![ALPN_CODE.to_vec()];
+    config.send_tls13_tickets = 0;
+    Ok(config)
 }
 
 /// A laptop's context, or any client of the HTTPS API that holds the cluster's CA.

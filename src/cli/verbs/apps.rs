@@ -2,6 +2,7 @@
 
 use argh::FromArgs;
 
+use super::cluster::show_joining;
 use super::people::ago;
 use crate::api::wire::{
     AppsBody, InstanceBody, InstancesBody, NodeBody, ServiceBody, StatusBody, VolumeBody,
@@ -153,7 +154,14 @@ impl Status {
             Some(app) => format!("/v1/status?app={}", escape(app)),
             None => "/v1/status".into(),
         };
-        let status: StatusBody = client.read(&path).await?;
+        let status: anyhow::Result<StatusBody> = client.read(&path).await;
+        let is_unjoined = |error: &anyhow::Error| {
+            error.downcast_ref::<Failure>().is_some_and(|failure| failure.is_code("unjoined"))
+        };
+        let status = match status {
+            Err(error) if self.app.is_none() && is_unjoined(&error) => return show_joining(session).await,
+            status => status?,
+        };
         if let Some(app) = &self.app
             && !status.services.iter().any(|service| service.app == *app)
         {

@@ -3,16 +3,17 @@
 use argh::FromArgs;
 use serde_json::{Value, json};
 
-use crate::api::wire::{InitReply, InitRequest, JoinBody, JoinDone, LeaveRequest, VersionBody};
+use super::board;
+use crate::api::wire::{InitReply, InitRequest, JoinBody, JoinDone, JoiningBody, LeaveRequest, VersionBody};
 use crate::cli::failure::{Failure, chain};
 use crate::cli::terminal::print_line;
 use crate::cli::{Session, usage};
 use crate::transport::token::{Token, TokenKind};
 
-/// Found a cluster on this node.
+/// Found a cluster on this node, or from a laptop on a machine that shows a code (--host ADDR where mDNS doesn't reach).
 #[derive(FromArgs)]
 #[argh(subcommand, name = "init", help_triggers("-h", "--help"))]
-#[argh(example = "tinydc init --name home")]
+#[argh(example = "tinydc init --name home\ntinydc init --board 493112 --user ann")]
 pub struct Init {
     /// the cluster's name (default: home)
     #[argh(option, arg_name = "HOME")]
@@ -23,10 +24,24 @@ pub struct Init {
     /// addresses for services (default: 10.78.0.0/16)
     #[argh(option, arg_name = "CIDR")]
     vip_range: Option<String>,
+    /// on the machine of this network that shows this code, and make a context for it here
+    #[argh(option, arg_name = "CODE")]
+    board: Option<String>,
+    /// with --board: your name there (default: as you are called here)
+    #[argh(option, arg_name = "NAME")]
+    user: Option<String>,
 }
 
 impl Init {
     pub async fn run(self, session: &Session) -> anyhow::Result<()> {
+        if let Some(code) = self.board {
+            let (container_range, vip_range) = (self.container_range, self.vip_range);
+            let wish = board::Wish { code, name: self.name, container_range, vip_range, user: self.user };
+            return board::found(session, wish).await;
+        }
+        if self.user.is_some() {
+            return Err(usage("--user goes with --board CODE", "on a node, root may do everything"));
+        }
         let request =
             InitRequest { name: self.name, container_range: self.container_range, vip_range: self.vip_range };
         let reply: InitReply = session.local_client()?.post("/v1/init", &request).await?;
@@ -41,14 +56,14 @@ impl Init {
     }
 }
 
-/// Make this node a member of a cluster.
+/// Make this node a member of a cluster; without a token: show its code and how it may become one.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "join", help_triggers("-h", "--help"))]
-#[argh(example = "tinydc join tdc-join-…\ntinydc join tdc-join-… --replace pi2")]
+#[argh(example = "tinydc join\ntinydc join tdc-join-…\ntinydc join tdc-join-… --replace pi2")]
 pub struct Join {
     /// what `tinydc token` printed on a member
     #[argh(positional, arg_name = "TOKEN")]
-    token: String,
+    token: Option<String>,
     /// take the place of a member that is gone for good
     #[argh(option, arg_name = "NAME")]
     replace: Option<String>,
@@ -56,20 +71,62 @@ pub struct Join {
 
 impl Join {
     pub async fn run(self, session: &Session) -> anyhow::Result<()> {
-        if let Err(error) = Token::from_text(TokenKind::Join, &self.token) {
-            let is_user_token = Token::from_text(TokenKind::User, &self.token).is_ok();
+        let Some(token) = self.token else {
+            if self.replace.is_some() {
+                return Err(usage("--replace needs a token", "tinydc token, on a member, prints one"));
+            }
+            return show_joining(session).await;
+        };
+        if let Err(error) = Token::from_text(TokenKind::Join, &token) {
+            let is_user_token = Token::from_text(TokenKind::User, &token).is_ok();
             let hint = match is_user_token {
                 true => "this token is for a laptop: tinydc context create NAME TOKEN",
                 false => "copy the whole line that `tinydc token` prints on a member",
             };
             return Err(usage(chain(&error.into()), hint));
         }
-        let body = JoinBody { token: self.token, replace: self.replace };
+        let body = JoinBody { token, replace: self.replace };
         let done: JoinDone = session.local_client()?.post("/v1/join", &body).await?;
         session.show(&done, |done| {
             print_line(&format!("{} is a member of cluster {}.", done.node, done.cluster));
             print_line("See it: tinydc node ls");
         })
+    }
+}
+
+/// What this machine's own display shows.
+pub async fn show_joining(session: &Session) -> anyhow::Result<()> {
+    let joining: JoiningBody = session.local_client()?.read("/v1/joining").await?;
+    session.show(&joining, print_joining)
+}
+
+fn print_joining(joining: &JoiningBody) {
+    match &joining.cluster {
+        Some(cluster) => {
+            print_line(&format!("{} is a member of cluster {cluster}.", joining.node));
+            if let Some(hash) = &joining.authority_hash {
+                print_line(&format!("SHA-256 of the cluster's CA: {hash}"));
+            }
+            if let (Some(person), Some(line)) = (&joining.code_for, &joining.line) {
+                print_line(&format!("A laptop gets {person}'s access, once, by: {line}"));
+            }
+        }
+        None => {
+            let machine = format!("{} ({})", joining.node, joining.architecture);
+            print_line(&format!("This machine, {machine}, belongs to no cluster."));
+            if joining.state == "listening" {
+                print_line("It listens for a cluster on this network, and founds one if there is none.");
+            }
+            if let Some(code) = &joining.code {
+                print_line(&format!("Its code: {code}\n"));
+                print_line(&format!("  into a cluster, on any member:    tinydc node accept {code}"));
+                print_line(&format!("  found one on it, from a laptop:   tinydc init --board {code}"));
+            }
+            print_line("  found one on it, here:            tinydc init");
+        }
+    }
+    if let Some(problem) = &joining.problem {
+        print_line(&format!("\nproblem: {problem}"));
     }
 }
 

@@ -1,5 +1,7 @@
 //! `context`: the clusters that this machine may talk to.
 
+use std::path::PathBuf;
+
 use argh::FromArgs;
 use serde_json::json;
 
@@ -8,9 +10,10 @@ use crate::cli::failure::{Failure, chain};
 use crate::cli::figures;
 use crate::cli::table::{Cell, Table};
 use crate::cli::terminal::print_line;
-use crate::cli::{Session, usage};
+use crate::cli::{Session, by_code, usage};
 use crate::model::Timestamp;
 use crate::transport::authority::{Peer, Role};
+use crate::transport::by_code::Proof;
 use crate::transport::identity::NodeKey;
 use crate::transport::join::{Enrolled, JoinError, JoinReply, JoinSubject, join};
 use crate::transport::token::{Token, TokenKind};
@@ -18,7 +21,10 @@ use crate::transport::token::{Token, TokenKind};
 /// Talk to clusters from a laptop: no root, no daemon.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "context", help_triggers("-h", "--help"))]
-#[argh(example = "On a node:   tinydc token --user ann\nOn a laptop: tinydc context create home tdc-user-…")]
+#[argh(
+    example = "On a node:   tinydc token --user ann --code\nOn a laptop: tinydc context create home --host \
+                  192.168.1.20 --code 493112"
+)]
 pub struct Context {
     #[argh(subcommand)]
     action: Action,
@@ -33,17 +39,27 @@ enum Action {
     Rm(Rm),
 }
 
-/// Make a context from a token: a key is made here, and the cluster signs it.
+/// Make a context from a token, or from a node (--host ADDR) by its code or by an SSH key that its configuration names.
+/// A key is made here, and the cluster signs it.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "create", help_triggers("-h", "--help"))]
-#[argh(example = "tinydc context create home tdc-user-…")]
+#[argh(
+    example = "tinydc context create home tdc-user-…\ntinydc context create home --host 192.168.1.20 --code \
+                  493112\ntinydc context create home --host pi1.local"
+)]
 struct Create {
     /// what to call the cluster here
     #[argh(positional, arg_name = "NAME")]
     name: String,
     /// what `tinydc token --user` printed on a node
     #[argh(positional, arg_name = "TOKEN")]
-    token: String,
+    token: Option<String>,
+    /// the six digits that the node of --host shows: tinydc token --user NAME --code
+    #[argh(option, arg_name = "CODE")]
+    code: Option<String>,
+    /// the private key of a line in `operators` (default: ~/.ssh/id_ed25519)
+    #[argh(option, arg_name = "FILE")]
+    ssh_key: Option<PathBuf>,
 }
 
 /// List the contexts; * marks the one in use.
@@ -98,42 +114,93 @@ impl Context {
 impl Create {
     fn run(self, session: &Session, store: &Store) -> anyhow::Result<()> {
         store.check_new(&self.name)?;
-        let token = Token::from_text(TokenKind::User, &self.token).map_err(|error| {
-            let hint = match Token::from_text(TokenKind::Join, &self.token) {
-                Ok(_) => "this token lets nodes join; for a laptop: tinydc token --user NAME",
-                Err(_) => "copy the whole token that `tinydc token --user NAME` prints on a node",
-            };
-            usage(chain(&error.into()), hint)
-        })?;
-        let key = NodeKey::create()?;
-        let device = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned());
-        let subject = JoinSubject::Person { device: device.unwrap_or_else(|_| "laptop".into()) };
-        let enrolled = enrol(&token, &key, subject)?;
-        let context = contexts::Context {
-            name: self.name,
-            file: ContextFile {
-                cluster: enrolled.cluster_name,
-                cluster_id: format!("{:032x}", enrolled.cluster_id.0),
-                addresses: if enrolled.addresses.is_empty() { token.addresses } else { enrolled.addresses },
-            },
-            key,
-            certificate: enrolled.certificate.into(),
-            authority: enrolled.authority.into(),
-        };
-        store.save(&context)?;
-        let is_first = store.current().is_none();
-        if is_first {
-            store.set_current(&context.name)?;
-        }
-        let (name, file) = (&context.name, &context.file);
-        session.show(&json!({ "name": name, "cluster": file.cluster, "is_current": is_first }), |_| {
-            let nodes = figures::count(file.addresses.len(), "node");
-            print_line(&format!("Context {name}: cluster {}, {nodes} known.", file.cluster));
-            match is_first {
-                true => print_line("Commands go to it from now on. Try: tinydc status"),
-                false => print_line(&format!("Use it: tinydc context use {name}")),
+        let token = self.token(session)?;
+        let made = make(store, self.name, &token)?;
+        let (name, file) = (&made.context.name, &made.context.file);
+        let shown = json!({ "name": name, "cluster": file.cluster, "is_current": made.is_current });
+        session.show(&shown, |_| tell(&made))
+    }
+
+    /// What was given, or what a node gives for a code or a key.
+    fn token(&self, session: &Session) -> anyhow::Result<Token> {
+        let host = by_code::host(session)?;
+        match (&self.token, &self.code, host) {
+            (Some(token), None, _) if self.ssh_key.is_none() => read_token(token),
+            (None, Some(code), Some(host)) if self.ssh_key.is_none() => {
+                Ok(by_code::token_by(host, &Proof::Code(&by_code::code(code)?))?)
             }
-        })
+            (None, None, Some(host)) => {
+                let key = by_code::own_key(self.ssh_key.as_deref())?;
+                let token = by_code::token_by(host, &Proof::Key(&key))?;
+                let hash: String = token.authority.0.iter().map(|byte| format!("{byte:02x}")).collect();
+                // The node knows this laptop; nothing but this number tells the laptop which node that was.
+                eprintln!(
+                    "first contact: nobody vouches for this cluster but its answer. The SHA-256 of its CA is"
+                );
+                eprintln!("  {hash}\ncompare it with what `tinydc join` shows on a node");
+                Ok(token)
+            }
+            (None, Some(_), None) => Err(usage(
+                "which node shows that code?",
+                "name it: tinydc context create NAME --host ADDR --code CODE",
+            )),
+            (None, None, None) => Err(usage(
+                "a token, or a node, is missing",
+                "tinydc context create NAME TOKEN, or NAME --host ADDR --code CODE, or NAME --host ADDR for an SSH key",
+            )),
+            _ => Err(usage("one of a token, --code and --ssh-key is enough", "tinydc context create --help")),
+        }
+    }
+}
+
+fn read_token(text: &str) -> anyhow::Result<Token> {
+    Token::from_text(TokenKind::User, text).map_err(|error| {
+        let hint = match Token::from_text(TokenKind::Join, text) {
+            Ok(_) => "this token lets nodes join; for a laptop: tinydc token --user NAME",
+            Err(_) => "copy the whole token that `tinydc token --user NAME` prints on a node",
+        };
+        usage(chain(&error.into()), hint)
+    })
+}
+
+pub struct Made {
+    pub context: contexts::Context,
+    pub is_current: bool,
+}
+
+/// Makes a key, has it signed by the token's cluster, and saves the context; the first one is used from now on.
+pub fn make(store: &Store, name: String, token: &Token) -> anyhow::Result<Made> {
+    let key = NodeKey::create()?;
+    let device = nix::unistd::gethostname().map(|name| name.to_string_lossy().into_owned());
+    let subject = JoinSubject::Person { device: device.unwrap_or_else(|_| "laptop".into()) };
+    let enrolled = enrol(token, &key, subject)?;
+    let known = if enrolled.addresses.is_empty() { token.addresses.clone() } else { enrolled.addresses };
+    let context = contexts::Context {
+        name,
+        file: ContextFile {
+            cluster: enrolled.cluster_name,
+            cluster_id: format!("{:032x}", enrolled.cluster_id.0),
+            addresses: known,
+        },
+        key,
+        certificate: enrolled.certificate.into(),
+        authority: enrolled.authority.into(),
+    };
+    store.save(&context)?;
+    let is_current = store.current().is_none();
+    if is_current {
+        store.set_current(&context.name)?;
+    }
+    Ok(Made { context, is_current })
+}
+
+pub fn tell(made: &Made) {
+    let (name, file) = (&made.context.name, &made.context.file);
+    let nodes = figures::count(file.addresses.len(), "node");
+    print_line(&format!("Context {name}: cluster {}, {nodes} known.", file.cluster));
+    match made.is_current {
+        true => print_line("Commands go to it from now on. Try: tinydc status"),
+        false => print_line(&format!("Use it: tinydc context use {name}")),
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod apps;
 mod authority;
+mod board;
 mod cluster;
 mod context;
 mod demo;

@@ -1,25 +1,35 @@
-//! `node`: run the daemon; list, drain, label and remove nodes.
+//! `node`: run the daemon; take machines in; list, drain, label and remove nodes.
 
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::Context;
 use argh::FromArgs;
+use hyper::Method;
 use serde_json::Value;
 
 use super::apps::node_table;
-use crate::api::wire::{LabelsRequest, NodeBody, RecoverReply, RecoverRequest};
+use crate::api::wire::{
+    AcceptReply, AcceptRequest, LabelsRequest, NodeBody, PendingBody, RecoverReply, RecoverRequest,
+};
 use crate::cli::arguments::Globals;
 use crate::cli::client::escape;
 use crate::cli::figures::{age, cores, size};
+use crate::cli::table::{Cell, Table};
 use crate::cli::terminal::print_line;
-use crate::cli::{Session, usage};
+use crate::cli::{Session, by_code, usage};
 use crate::node::RunOptions;
 
-/// Run the daemon; list, drain, label and remove nodes.
+/// The machine joins meanwhile; each of four that wait may be tried.
+const ACCEPT_LIMIT: Duration = Duration::from_secs(60);
+
+/// Run the daemon; take machines in; list, drain, label and remove nodes.
 #[derive(FromArgs)]
 #[argh(subcommand, name = "node", help_triggers("-h", "--help"))]
-#[argh(example = "tinydc node ls\ntinydc node label pi1 disk=ssd\ntinydc node drain pi2")]
+#[argh(
+    example = "tinydc node ls\ntinydc node pending\ntinydc node accept 493112\ntinydc node label pi1 disk=ssd\ntinydc node drain pi2"
+)]
 pub struct Node {
     #[argh(subcommand)]
     action: Action,
@@ -31,6 +41,8 @@ enum Action {
     Run(Run),
     Ls(Ls),
     Inspect(Inspect),
+    Pending(Pending),
+    Accept(Accept),
     Drain(Drain),
     Activate(Activate),
     Label(Label),
@@ -74,6 +86,27 @@ struct Inspect {
     /// the node
     #[argh(positional, arg_name = "NAME")]
     name: String,
+}
+
+/// List the machines of the nodes' network that wait for a cluster; each shows its code on its own display.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "pending", help_triggers("-h", "--help"))]
+#[argh(example = "tinydc node pending")]
+struct Pending {}
+
+/// Take a machine that waits into the cluster, by the code on its display.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "accept", help_triggers("-h", "--help"))]
+#[argh(
+    example = "tinydc node accept 493112\ntinydc node accept 493112 pi4\ntinydc node accept 493112 192.168.2.7"
+)]
+struct Accept {
+    /// six digits
+    #[argh(positional, arg_name = "CODE")]
+    code: String,
+    /// its name, or its address where it is not heard (default: whichever shows the code)
+    #[argh(positional, arg_name = "MACHINE")]
+    machine: Option<String>,
 }
 
 /// Move the apps off a node, as before maintenance.
@@ -155,6 +188,19 @@ impl Node {
                 let node: NodeBody = client.read(&path(&name, "")).await?;
                 session.show(&node, print_node)
             }
+            Action::Pending(_) => {
+                let pending: PendingBody = client.read("/v1/pending").await?;
+                session.show(&pending, print_pending)
+            }
+            Action::Accept(Accept { code, machine }) => {
+                let request = AcceptRequest { code: by_code::code(&code)?, machine };
+                let reply: AcceptReply =
+                    client.write(Method::POST, "/v1/pending", &request, ACCEPT_LIMIT).await?;
+                session.show(&reply, |reply| {
+                    print_line(&format!("{} is a member of cluster {}.", reply.node, reply.cluster));
+                    print_line("See it: tinydc node ls");
+                })
+            }
             Action::Drain(Drain { name }) => {
                 let _: Value = client.post(&path(&name, "/drain"), &Value::Null).await?;
                 session.done(&format!("{name} takes no more apps; what it runs moves away. See: tinydc ps"));
@@ -192,6 +238,20 @@ impl Node {
             }
         }
     }
+}
+
+fn print_pending(pending: &PendingBody) {
+    if pending.machines.is_empty() {
+        print_line("No machine on the node's network waits for a cluster.");
+        return print_line("One on another network: tinydc node accept CODE ADDRESS");
+    }
+    let mut table = Table::new(&["MACHINE", "ADDRESS", "ARCH", "WAITS", "KEY"]);
+    for machine in &pending.machines {
+        let key: String = machine.key_hash.chars().take(8).collect();
+        let cells = [&machine.name, &machine.address, &machine.architecture].map(Cell::from);
+        table.row(cells.into_iter().chain([age(machine.waits_ms).into(), key.into()]));
+    }
+    table.print();
 }
 
 /// Never an argument: those are shown to everyone on the machine.

@@ -3,7 +3,7 @@
 use argh::FromArgs;
 use serde_json::Value;
 
-use crate::api::wire::{TokenReply, TokenRequest, TokensBody, UsersBody};
+use crate::api::wire::{CodeBody, CodeWish, TokenReply, TokenRequest, TokensBody, UsersBody};
 use crate::cli::client::escape;
 use crate::cli::figures::{age, parse_duration, parse_time_ms};
 use crate::cli::table::{Cell, Table};
@@ -14,11 +14,14 @@ use crate::cli::{Session, usage};
 #[derive(FromArgs)]
 #[argh(subcommand, name = "token", help_triggers("-h", "--help"))]
 #[argh(example = "tinydc token                 for nodes, for 24 hours\ntinydc token --user ann      \
-                  for ann's laptop\ntinydc token ls")]
+                  for ann's laptop\ntinydc token --user ann --code   the same, short enough to type\ntinydc token ls")]
 pub struct Token {
     /// for a person's laptop instead of a node
     #[argh(option, arg_name = "NAME")]
     user: Option<String>,
+    /// show six digits on this node instead, for ten minutes and one laptop
+    #[argh(switch)]
+    code: bool,
     /// the person may look but change nothing
     #[argh(switch)]
     viewer: bool,
@@ -58,6 +61,7 @@ struct TokenRm {
 impl Token {
     pub async fn run(self, session: &Session) -> anyhow::Result<()> {
         match self.action {
+            None if self.code => self.show_code(session).await,
             None => self.create(session).await,
             Some(TokenAction::Ls(_)) => list_tokens(session).await,
             Some(TokenAction::Rm(TokenRm { id })) => {
@@ -67,6 +71,25 @@ impl Token {
                 Ok(())
             }
         }
+    }
+
+    /// Shown by the node that answers, and good there only.
+    async fn show_code(self, session: &Session) -> anyhow::Result<()> {
+        let Some(user) = self.user else {
+            return Err(usage(
+                "--code needs --user NAME",
+                "a machine shows its own code: tinydc node pending",
+            ));
+        };
+        if self.once || self.valid.is_some() {
+            return Err(usage("a code serves once, for ten minutes", "leave out --once and --valid"));
+        }
+        let wish = CodeWish { user, is_viewer: self.viewer };
+        let shown: CodeBody = session.client()?.post("/v1/codes", &wish).await?;
+        session.show(&shown, |shown| {
+            eprintln!("On the laptop, once, within {} minutes:\n", shown.valid_seconds / 60);
+            print_line(&shown.line);
+        })
     }
 
     async fn create(self, session: &Session) -> anyhow::Result<()> {

@@ -1,5 +1,6 @@
 //! Several transports in one process over real loopback QUIC; hostile peers and joiners in their own files.
 
+mod coded;
 mod hostile;
 mod joining;
 
@@ -22,6 +23,7 @@ use super::hello::{PeerClaim, Refusal, RefusalCode};
 use super::identity::Identity;
 use super::identity::tests::member;
 use super::ids::{NodeId, PublicKey, StartId};
+use super::operators::OperatorKey;
 use super::peers::{Event, FRAME_BYTES_MAX, RefusedBy, Sent, Transport, TransportConfig};
 use super::streams::BulkError;
 
@@ -85,6 +87,13 @@ impl Site {
         self.start_announcing(identity, start, listen, folder, Some(1))
     }
 
+    /// One that knows the keys of operators.
+    fn start_for(&self, identity: &Identity, operators: Vec<OperatorKey>) -> Node {
+        let folder = Folder::create();
+        let config = self.config(identity, 1, "127.0.0.1:0", &folder);
+        self.start_with(TransportConfig { operators, announce_port: Some(1), ..config }, folder)
+    }
+
     fn start_announcing(
         &self,
         identity: &Identity,
@@ -93,8 +102,12 @@ impl Site {
         folder: Folder,
         announce_port: Option<u16>,
     ) -> Node {
-        let removed = Removed::default();
-        let config = TransportConfig {
+        let config = self.config(identity, start, listen, &folder);
+        self.start_with(TransportConfig { announce_port, ..config }, folder)
+    }
+
+    fn config(&self, identity: &Identity, start: u64, listen: &str, folder: &Folder) -> TransportConfig {
+        TransportConfig {
             executor: self.runner.executor.clone(),
             listen: listen.parse().unwrap(),
             data_dir: folder.path().into(),
@@ -103,16 +116,21 @@ impl Site {
             start_id: StartId(u128::from(start)),
             fingerprint: 1,
             peer_names: Vec::new(),
-            announce_port,
+            announce_port: None,
+            operators: Vec::new(),
             bulk_bytes_max: BULK_BYTES_MAX,
-        };
+        }
+    }
+
+    fn start_with(&self, config: TransportConfig, folder: Folder) -> Node {
+        let (removed, identity) = (Removed::default(), config.identity.clone());
         let rules = removed.clone();
         let authorise = Arc::new(move |claim: &PeerClaim| match lock(&rules).contains(&claim.public_key) {
             true => Err(Refusal::new(RefusalCode::Removed, "it was removed")),
             false => Ok(()),
         });
         let (transport, events) = Transport::start(config, authorise).unwrap();
-        Node { transport, events, identity: identity.clone(), folder, removed }
+        Node { transport, events, identity, folder, removed }
     }
 
     /// Members 1..=count, all up with each other.
