@@ -19,6 +19,11 @@ pub const CASES: &[Case] = &[
         run: wrong_settings,
     },
     Case {
+        name: "aarch64",
+        proves: "the same on a board with an ARM processor, under the kernel of the Raspberry Pis",
+        run: aarch64,
+    },
+    Case {
         name: "no-data",
         proves: "a card without a data partition gives a board that runs in memory and says so, on the network too",
         run: no_data,
@@ -65,6 +70,31 @@ fn first_boot(field: &mut Field) -> Result<()> {
     guest.wait_for("power button", Duration::from_secs(20))?;
     guest.wait_for("power off: now", Duration::from_secs(30))?;
     guest.wait_off(Duration::from_secs(20))
+}
+
+/// The kernel and the modules are those of the Raspberry Pis' images.
+fn aarch64(field: &mut Field) -> Result<()> {
+    field.serve_dhcp(10, 3600)?;
+    let setup = Setup { board: "qemu-aarch64", ..Setup::new("name = \"pi1\"\n") };
+    let index = field.add(setup)?;
+    field.start(index)?;
+    let guest = &mut field.guests[index];
+    let data = guest.wait_said(" data ", START_LIMIT)?;
+    ensure!(data.contains("file system grown to"), "{data}");
+    guest.wait_said("eth0: address 10.97.0.11/24", START_LIMIT)?;
+    let ready = guest.wait_ready()?;
+    let founded = guest.type_line("pi1", "init")?;
+    ensure!(founded.contains("tinydc join tdc-join-"), "{founded}");
+    let nodes = guest.type_line("pi1", "node ls")?;
+    ensure!(nodes.contains("arm64") && nodes.contains("leader"), "{nodes}");
+    let report = guest.type_line("pi1", "report")?;
+    ensure!(!report.contains("FAILED"), "{report}");
+    guest.type_last("poweroff")?;
+    guest.wait_for("power off: now", Duration::from_secs(60))?;
+    guest.wait_off(Duration::from_secs(20))?;
+    field.remark(data);
+    field.remark(ready);
+    Ok(())
 }
 
 fn wrong_settings(field: &mut Field) -> Result<()> {
