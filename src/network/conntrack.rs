@@ -17,6 +17,9 @@ const TUPLE_PROTOCOL: u16 = 2;
 const SOURCE: u16 = 1;
 const DESTINATION: u16 = 2;
 const PROTOCOL_NUMBER: u16 = 1;
+const PROTOCOL_INFO: u16 = 4;
+const TCP_INFO: u16 = 1;
+const TCP_STATE: u16 = 1;
 const SOURCE_PORT: u16 = 2;
 const DESTINATION_PORT: u16 = 3;
 const FILTER: u16 = 25;
@@ -28,6 +31,15 @@ const BY_SOURCE: u32 = 1;
 pub fn forget(socket: &Socket, endpoint: Ipv4Addr) -> io::Result<()> {
     let mut batch = Batch::new();
     batch.message(DELETE, ACK, &HEADER);
+    answered_by(&mut batch, endpoint);
+    match socket.send(&batch) {
+        // None was there.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        outcome => outcome,
+    }
+}
+
+fn answered_by(batch: &mut Batch, endpoint: Ipv4Addr) {
     batch.nested(TUPLE_REPLY, |b| {
         b.nested(TUPLE_IP, |b| {
             b.attribute(SOURCE, &endpoint.octets());
@@ -36,11 +48,6 @@ pub fn forget(socket: &Socket, endpoint: Ipv4Addr) -> io::Result<()> {
     batch.nested(FILTER, |b| {
         b.native(FILTER_REPLY_FLAGS, BY_SOURCE);
     });
-    match socket.send(&batch) {
-        // None was there.
-        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-        outcome => outcome,
-    }
 }
 
 /// A TCP connection, as its client sees it.
@@ -50,15 +57,27 @@ pub struct Conversation {
     pub asked: SocketAddrV4,
 }
 
-/// The TCP connections that `endpoint` answers.
+/// The established TCP connections that `endpoint` answers. The kernel filters if it can (5.8 or later).
 pub fn conversations(socket: &Socket, endpoint: Ipv4Addr) -> io::Result<Vec<Conversation>> {
+    let mut batch = Batch::new();
+    batch.message(GET, DUMP, &HEADER);
+    answered_by(&mut batch, endpoint);
     let mut found = Vec::new();
-    list(socket, &mut |body| {
-        if reply_source(body) == Some(endpoint) {
+    socket.dump(&batch, &mut |message| {
+        let body = message.get(4..).unwrap_or_default();
+        if reply_source(body) == Some(endpoint) && is_established(body) {
             found.extend(conversation(body));
         }
     })?;
     Ok(found)
+}
+
+/// Thousands that have ended are still tracked for a while.
+fn is_established(body: &[u8]) -> bool {
+    const ESTABLISHED: u8 = 3;
+    let state =
+        part(body, PROTOCOL_INFO).and_then(|info| part(info, TCP_INFO)).and_then(|tcp| part(tcp, TCP_STATE));
+    state == Some([ESTABLISHED].as_slice())
 }
 
 fn conversation(body: &[u8]) -> Option<Conversation> {
