@@ -14,6 +14,7 @@ mod faults;
 mod growth;
 mod hostile;
 mod identity;
+mod joining;
 mod leftovers;
 mod limits;
 mod local_names;
@@ -52,6 +53,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     faults::SCENARIOS,
     renumber::SCENARIOS,
     identity::SCENARIOS,
+    joining::SCENARIOS,
     people::SCENARIOS,
     registry::SCENARIOS,
     secrets::SCENARIOS,
