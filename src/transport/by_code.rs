@@ -178,7 +178,13 @@ async fn ask_with(
         .await
         .ok_or(CodedError::Timeout { address })?
         .map_err(|source| CodedError::Handshake { address, source })?;
-    let answered = converse(&connection, proof, request).await;
+    let answered = match converse(&connection, proof, request).await {
+        Err(error @ (CodedError::Talk { .. } | CodedError::Unanswered { .. })) => {
+            let refusal = refusal_of(&connection).await;
+            Err(refusal.map_or(error, |refusal| CodedError::Refused { address, refusal }))
+        }
+        answered => answered,
+    };
     connection.close(CLOSE_DONE, b"");
     within(CLOSE_LIMIT, endpoint.wait_idle()).await;
     answered
@@ -199,18 +205,16 @@ async fn converse(
     let address = connection.remote_address();
     let mut open = prove(connection, proof).await?;
     let request = request.await.map_err(|refusal| CodedError::Refused { address, refusal })?;
-    let told = |source: FrameError| match refusal_of(connection) {
-        Some(refusal) => CodedError::Refused { address, refusal },
-        None => CodedError::Unanswered { address, source },
-    };
+    let told = |source: FrameError| CodedError::Unanswered { address, source };
     frames::write_value(&mut open.send, &request, CODED_BYTES_MAX, STEP_LIMIT).await.map_err(told)?;
     let reply = frames::read_value(&mut open.receive, CODED_BYTES_MAX, ANSWER_LIMIT + STEP_LIMIT).await;
     let secret = open.proved.map(|proved| proved.secret());
     Ok(Answered { reply: reply.map_err(told)?, secret })
 }
 
-fn refusal_of(connection: &Connection) -> Option<Refusal> {
-    match connection.close_reason() {
+/// Why a conversation broke off, if the other side says so: that may arrive after the end of its stream.
+async fn refusal_of(connection: &Connection) -> Option<Refusal> {
+    match within(CLOSE_LIMIT, connection.closed()).await {
         Some(ConnectionError::ApplicationClosed(close)) => Refusal::read(&close),
         _ => None,
     }
@@ -218,10 +222,7 @@ fn refusal_of(connection: &Connection) -> Option<Refusal> {
 
 async fn prove(connection: &Connection, proof: &Proof<'_>) -> Result<Open, CodedError> {
     let address = connection.remote_address();
-    let failed = |source: FrameError| match refusal_of(connection) {
-        Some(refusal) => CodedError::Refused { address, refusal },
-        None => CodedError::Talk { address, source },
-    };
+    let failed = |source: FrameError| CodedError::Talk { address, source };
     let limit = STEP_LIMIT;
     let (mut send, mut receive) = within(limit, connection.open_bi())
         .await

@@ -15,6 +15,7 @@ mod faults;
 mod growth;
 mod hostile;
 mod identity;
+mod joining;
 mod leftovers;
 mod limits;
 mod local_names;
@@ -53,6 +54,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     faults::SCENARIOS,
     renumber::SCENARIOS,
     identity::SCENARIOS,
+    joining::SCENARIOS,
     people::SCENARIOS,
     registry::SCENARIOS,
     secrets::SCENARIOS,

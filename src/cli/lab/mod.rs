@@ -50,6 +50,7 @@ pub struct Node {
     pub netns: PathBuf,
     program: PathBuf,
     environment: Vec<(String, String)>,
+    config: String,
     daemon: Option<Child>,
 }
 
@@ -115,6 +116,7 @@ impl Lab {
             netns,
             program: self.program.clone(),
             environment: Vec::new(),
+            config: String::new(),
             daemon: None,
         };
         self.nodes.push(node);
@@ -195,6 +197,11 @@ impl Node {
         self.environment.push((key.into(), value.into()));
     }
 
+    /// Lines of the configuration from the next start on, besides the name and the data directory.
+    pub fn set_config(&mut self, lines: &str) {
+        self.config = lines.into();
+    }
+
     /// Starts the daemon and waits until its socket answers.
     pub fn start(&mut self) -> Result<()> {
         self.start_with(Vec::new())
@@ -203,7 +210,8 @@ impl Node {
     /// The same behind a wrapper such as `faketime` or `strace`.
     pub fn start_with(&mut self, wrapper: Vec<String>) -> Result<()> {
         let config = self.dir.join("tinydc.toml");
-        fs::write(&config, format!("name = {:?}\ndata_dir = {:?}\n", self.name, self.data_dir()))?;
+        let text = format!("name = {:?}\ndata_dir = {:?}\n{}\n", self.name, self.data_dir(), self.config);
+        fs::write(&config, text)?;
         let log = File::options().create(true).append(true).open(self.dir.join("log"))?;
         let mut words = wrapper;
         words.push(self.program.display().to_string());

@@ -83,9 +83,8 @@ fn a_wrong_code_reaches_nobody_and_five_make_a_new_one() {
     site.run(pending.stop());
 }
 
-/// Accepts the asker's session as the machine would, dials the machine as the asker would, and passes every byte on.
-fn man_in_the_middle(site: &Site, victim: SocketAddr) -> (SocketAddr, Arc<TaskGroup>) {
-    let tasks = TaskGroup::new(site.runner.executor.clone());
+/// An endpoint that shows a certificate of its own, as a machine without a cluster does.
+fn stranger_s_endpoint(tasks: &Arc<TaskGroup>) -> (quinn::Endpoint, SocketAddr) {
     let key = NodeKey::create().unwrap();
     let server = tls::pending_server_config(&key, authority::self_signed(&key).unwrap()).unwrap();
     let server = QuicServerConfig::try_from(server).unwrap();
@@ -94,7 +93,31 @@ fn man_in_the_middle(site: &Site, victim: SocketAddr) -> (SocketAddr, Arc<TaskGr
     let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let address = socket.local_addr().unwrap();
     let runtime = Arc::new(QuicRuntime(tasks.clone()));
-    let endpoint = quinn::Endpoint::new(Default::default(), Some(server), socket, runtime).unwrap();
+    (quinn::Endpoint::new(Default::default(), Some(server), socket, runtime).unwrap(), address)
+}
+
+#[test]
+fn a_refusal_after_the_end_of_the_stream_is_still_told() {
+    let site = Site::create();
+    let tasks = TaskGroup::new(site.runner.executor.clone());
+    let (endpoint, address) = stranger_s_endpoint(&tasks);
+    tasks.spawn(async move {
+        let asker = endpoint.accept().await.unwrap().await.unwrap();
+        let (mut send, _receive) = asker.accept_bi().await.unwrap();
+        send.finish().unwrap();
+        async_io::Timer::after(Duration::from_millis(100)).await;
+        Refusal::new(RefusalCode::CodeWrong, "the code is wrong").close(&asker);
+        endpoint.wait_idle().await;
+    });
+    let error = ask(&site, address, &Proof::Code(CODE)).unwrap_err();
+    assert!(error.is_wrong_code(), "{error}");
+    site.run(tasks.stop());
+}
+
+/// Accepts the asker's session as the machine would, dials the machine as the asker would, and passes every byte on.
+fn man_in_the_middle(site: &Site, victim: SocketAddr) -> (SocketAddr, Arc<TaskGroup>) {
+    let tasks = TaskGroup::new(site.runner.executor.clone());
+    let (endpoint, address) = stranger_s_endpoint(&tasks);
     let client = QuicClientConfig::try_from(tls::code_client_config().unwrap()).unwrap();
     let client = quinn::ClientConfig::new(Arc::new(client));
     tasks.spawn(async move {
