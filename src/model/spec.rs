@@ -20,6 +20,7 @@ pub struct AppSpec {
     /// Named volumes and writable directories that services mount, by name.
     pub volumes: BTreeMap<String, VolumeSpec>,
     /// Secrets that the file itself brings: they belong to the app and go when it no longer names them.
+    #[serde(default)]
     pub secrets: BTreeSet<SecretName>,
 }
 
@@ -66,6 +67,7 @@ pub struct ServiceSpec {
     pub container_name: Option<String>,
     /// `x-tinydc.affinity: client`: a client stays with one endpoint.
     pub has_client_affinity: bool,
+    #[serde(default)]
     pub secrets: Vec<SecretUse>,
 }
 

@@ -4,6 +4,7 @@
 //! code says whether they hold.
 
 mod etcd;
+mod ingress;
 mod meter;
 mod names;
 mod network;
@@ -57,7 +58,7 @@ impl Row {
 
 type Benchmark = fn() -> Result<Vec<Row>>;
 
-const BENCHMARKS: [(&str, Benchmark); 9] = [
+const BENCHMARKS: [(&str, Benchmark); 10] = [
     ("commit", commit),
     ("idle", idle),
     ("twenty", twenty),
@@ -67,6 +68,7 @@ const BENCHMARKS: [(&str, Benchmark); 9] = [
     ("network", network::network),
     ("reaction", reaction::reaction),
     ("names", names::names),
+    ("ingress", ingress::ingress),
 ];
 
 fn main() -> std::process::ExitCode {

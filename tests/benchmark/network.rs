@@ -67,19 +67,24 @@ pub fn deploy_pair(lab: &Lab) -> Result<Pair> {
         }
         services.insert(name.into(), spec);
     }
-    let body = serde_json::json!({ "spec": { "name": APP, "services": services, "volumes": {} } });
-    lab.nodes[0].post(&format!("/v1/apps/{APP}"), &body)?;
-    lab.nodes[0].wait("both run", Duration::from_secs(30), |node| {
-        let body = node.get(&format!("/v1/network?app={APP}"))?;
-        let services = body["services"].as_array().cloned().unwrap_or_default();
-        Ok(services.len() == 2 && services.iter().all(|one| one["endpoints"][0]["state"] == "serving"))
-    })?;
+    deploy_services(lab, services.into())?;
     let (client, _, _) = container(lab, 0, "ask")?;
     let (server, direct, vip) = container(lab, 1, "serve")?;
     Ok(Pair { client, server, direct, vip, node: lab.nodes[1].address })
 }
 
-fn container(lab: &Lab, index: usize, name: &str) -> Result<(PathBuf, Ipv4Addr, Ipv4Addr)> {
+pub fn deploy_services(lab: &Lab, services: serde_json::Value) -> Result<()> {
+    let count = services.as_object().map_or(0, |all| all.len());
+    let body = serde_json::json!({ "spec": { "name": APP, "services": services, "volumes": {} } });
+    lab.nodes[0].post(&format!("/v1/apps/{APP}"), &body)?;
+    lab.nodes[0].wait("all serve", Duration::from_secs(30), |node| {
+        let body = node.get(&format!("/v1/network?app={APP}"))?;
+        let services = body["services"].as_array().cloned().unwrap_or_default();
+        Ok(services.len() == count && services.iter().all(|one| one["endpoints"][0]["state"] == "serving"))
+    })
+}
+
+pub fn container(lab: &Lab, index: usize, name: &str) -> Result<(PathBuf, Ipv4Addr, Ipv4Addr)> {
     let node = &lab.nodes[index];
     let rows = node.get(&format!("/v1/instances?app={APP}"))?;
     let wanted = format!("{APP}/{name}.1");

@@ -4,15 +4,19 @@ use super::Scenario;
 use super::stage::{Stage, refusal, throughout, until, web};
 use anyhow::{Context, Result, ensure};
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
+use tinydc::network::link;
+use tinydc::network::netlink::Socket;
 use tinydc::transport::token::{Token, TokenKind, TokenSecret};
 
 pub const SCENARIOS: &[Scenario] = &[
     Scenario {
         name: "hostile-join",
-        proves: "a mistyped, wrong, expired, revoked or foreign token, and a once-token shown by a second key, let nobody \
+        proves: "a mistyped, wrong, expired, revoked or foreign token, a once-token shown by a second key, and a machine whose networks \
+                 overlap the cluster's, let nobody \
                  in and say why; each leaves the cluster as it was",
         machines: 3,
         run: hostile_join,
@@ -66,6 +70,18 @@ fn hostile_join(stage: &mut Stage) -> Result<()> {
     let good = token(stage, &[])?;
     stage.lab.nodes[1].start()?;
     stage.lab.nodes[2].start()?;
+    let inside = |change: fn(&Socket, u32, Ipv4Addr, u8) -> std::io::Result<()>| {
+        stage.lab.nodes[1].inside(move || {
+            change(&Socket::route()?, link::index_of("eth0")?, Ipv4Addr::new(10, 77, 9, 9), 24)
+        })
+    };
+    inside(link::add_address)?;
+    let said = stage.cli_refused(1, &["join", &good], 1)?;
+    ensure!(
+        said.contains("10.77.9.9/24 (eth0)") && said.contains("--container-range 10."),
+        "a machine with a network inside the cluster's ranges: {said}"
+    );
+    inside(link::delete_address)?;
     let mistyped: String = {
         let mut letters: Vec<char> = good.chars().collect();
         let at = letters.len() - 12;

@@ -90,8 +90,9 @@ pub struct WaysKeeper {
 }
 
 /// What the last rounds came to: nothing is done twice.
-#[derive(Default)]
 struct Last {
+    /// Before the setting is known, what an earlier run has made stays.
+    is_clear_wanted: bool,
     addresses: BTreeMap<NodeId, Ipv4Addr>,
     /// What the tunnels know, and where each peer was then.
     told: BTreeMap<Expected, Ipv4Addr>,
@@ -105,17 +106,34 @@ struct Last {
     retry_at: Option<Instant>,
 }
 
+impl Last {
+    fn new() -> Last {
+        Last {
+            is_clear_wanted: true,
+            addresses: BTreeMap::new(),
+            told: BTreeMap::new(),
+            ready: BTreeMap::new(),
+            applied: None,
+            frames: BTreeMap::new(),
+            rolled_since: None,
+            has_tidied: false,
+            retry_at: None,
+        }
+    }
+}
+
 const RETRY_AFTER: Duration = Duration::from_secs(10);
 
 impl WaysKeeper {
     pub async fn run(self) {
-        let mut last = Last::default();
+        let mut last = Last::new();
         loop {
             let state = self.replica.state();
             let cluster_time = self.replica.status().await.map(|status| status.cluster_time);
             let now = Instant::now();
             self.follow_addresses(&state, &mut last);
             if let Some(lane) = wanted_lane(&state, cluster_time.map(|time| time.0)) {
+                last.is_clear_wanted = lane == Lane::Clear;
                 self.offer(lane, &mut last, now).await;
             }
             self.tell_tunnels(&state, &mut last).await;
@@ -267,8 +285,8 @@ impl WaysKeeper {
                 Some((state.nodes.find(node)?.number, Reach { address: *address, sealed }))
             };
             let reaches: BTreeMap<u8, Reach> = last.addresses.iter().filter_map(reach).collect();
-            // Before the setting is known, what an earlier run has made stays.
-            (reaches, lanes.wanted().is_none() || lanes.takes_clear())
+            // A node that can't encrypt where it should sends nothing rather than in clear.
+            (reaches, last.is_clear_wanted || lanes.takes_clear())
         };
         let members: BTreeSet<u8> = state.nodes.rows().map(|node| node.number).collect();
         let is_due = last.applied.as_ref().is_none_or(|(at, old, old_members, was_allowed)| {
