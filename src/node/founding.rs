@@ -140,15 +140,18 @@ pub fn forget_founding(data_dir: &Path) {
     let _ = fs::remove_file(data_dir.join(FOUNDING_FILE));
 }
 
-/// This machine's key, made at its first start and kept: repeating a join returns the same id.
-pub fn node_key(data_dir: &Path) -> Result<NodeKey, ApiError> {
-    if let Some(known) = Identity::load(data_dir).map_err(|error| ApiError::internal(&error))? {
-        return Ok(known.node_key);
+/// The key that an earlier join has left, else a new one, in memory only: a machine without a cluster keeps nothing.
+pub fn announced_key(data_dir: &Path) -> Result<NodeKey, ApiError> {
+    match Identity::load(data_dir).map_err(|error| ApiError::internal(&error))? {
+        Some(known) => Ok(known.node_key),
+        None => NodeKey::create().map_err(|error| ApiError::internal(&error)),
     }
-    let node_key = NodeKey::create().map_err(|error| ApiError::internal(&error))?;
+}
+
+/// Writes the key down before it joins with it: repeating a join returns the same id.
+pub fn keep_key(data_dir: &Path, node_key: &NodeKey) -> Result<(), ApiError> {
     let unjoined = Identity { node_key: node_key.clone(), membership: None, cluster_key: None };
-    unjoined.save(data_dir).map_err(|error| ApiError::internal(&error))?;
-    Ok(node_key)
+    unjoined.save(data_dir).map_err(|error| ApiError::internal(&error))
 }
 
 /// Joins by a token and writes the member's identity.
@@ -161,7 +164,8 @@ pub async fn join(
     let token = Token::from_text(TokenKind::Join, wish.token.trim()).map_err(|error| {
         ApiError::invalid(error.to_string()).hint("copy the whole line that tinydc token printed")
     })?;
-    let node_key = node_key(data_dir)?;
+    let node_key = announced_key(data_dir)?;
+    keep_key(data_dir, &node_key)?;
     let store_id = store_id_of(&node_key);
     let size = machine::size();
     let facts = NodeFacts {

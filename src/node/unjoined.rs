@@ -16,6 +16,7 @@ use crate::transport::by_code::{CodeReply, CodeRequest};
 use crate::transport::codes::{Grant, Lasting, Shown, make_code};
 use crate::transport::door::{CodeAsked, Door};
 use crate::transport::identity::NodeKey;
+use crate::transport::join::Joined;
 use crate::transport::pending::{
     self, Neighbours, Pending, PendingConfig, find_cluster, key_hash, key_hash_text,
 };
@@ -63,7 +64,7 @@ pub(super) async fn wait(
 ) -> Result<Option<Awaiting>> {
     let data_dir = config.data_dir();
     let name = config.name.clone().unwrap_or_else(machine::host_name);
-    let key = founding::node_key(&data_dir).map_err(|error| anyhow::anyhow!("{error}"))?;
+    let key = founding::announced_key(&data_dir).map_err(|error| anyhow::anyhow!("{error}"))?;
     let facts = Arc::new(Mutex::new(JoiningBody {
         state: "waiting".into(),
         node: name.clone(),
@@ -260,7 +261,7 @@ impl Unjoined<'_> {
         let (reply, awaiting) = match asked.request {
             CodeRequest::Admit { token } => {
                 let wish = JoinBody { token, replace: None };
-                match founding::join(self.executor.clone(), &self.data_dir, &self.name, &wish).await {
+                match self.join_with_announced_key(&wish).await {
                     Ok(joined) => {
                         info!(address = %asked.address, cluster = joined.cluster_name, "admitted by code");
                         let reply =
@@ -290,6 +291,12 @@ impl Unjoined<'_> {
         // Whoever asked may have gone.
         let _ = asked.reply.send(reply).await;
         awaiting
+    }
+
+    /// With the key that the code was proved for.
+    async fn join_with_announced_key(&self, wish: &JoinBody) -> Result<Joined, ApiError> {
+        founding::keep_key(&self.data_dir, &self.key)?;
+        founding::join(self.executor.clone(), &self.data_dir, &self.name, wish).await
     }
 
     fn found_for(&self, wish: &InitRequest, person: &str) -> Result<CodeReply, ApiError> {
