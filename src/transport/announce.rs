@@ -60,6 +60,27 @@ struct Announcement {
     is_answer: bool,
 }
 
+/// One instance of a service, as other mDNS tools see it too.
+pub(super) fn service_response(
+    (service, instance): (&str, &str),
+    (host, port): (&str, u16),
+    strings: &[String],
+) -> Option<Vec<u8>> {
+    let (service, instance) = (Name::new(service).ok()?, Name::new(instance).ok()?);
+    let mut txt = TXT::new();
+    strings.iter().try_for_each(|text| txt.add_string(text)).ok()?;
+    let srv = SRV { priority: 0, weight: 0, port, target: Name::new(host).ok()? };
+    let mut packet = Packet::new_reply(0);
+    packet.set_flags(PacketFlag::AUTHORITATIVE_ANSWER);
+    let record = |name: &Name<'_>, data| {
+        ResourceRecord::new(name.clone().into_owned(), CLASS::IN, MDNS_TTL_SECONDS, data)
+    };
+    packet.answers.push(record(&service, RData::PTR(PTR(instance.clone()))));
+    packet.answers.push(record(&instance, RData::SRV(srv)));
+    packet.answers.push(record(&instance, RData::TXT(txt)));
+    packet.build_bytes_vec().ok()
+}
+
 impl Announcement {
     fn encode(&self) -> Vec<u8> {
         let mut bytes = MAGIC.to_vec();
@@ -80,20 +101,8 @@ impl Announcement {
         let cluster = self.cluster_text();
         let instance = format!("{}-{}.{SERVICE}", self.node, &cluster[..8]);
         let host = format!("{}-{}.local", self.node, &cluster[..8]);
-        let (service, instance) = (Name::new(SERVICE).ok()?, Name::new(&instance).ok()?);
         let strings = [format!("c={cluster}"), format!("n={}", self.node.0), format!("p={}", self.port)];
-        let mut txt = TXT::new();
-        strings.iter().try_for_each(|text| txt.add_string(text)).ok()?;
-        let srv = SRV { priority: 0, weight: 0, port: self.port, target: Name::new(&host).ok()? };
-        let mut packet = Packet::new_reply(0);
-        packet.set_flags(PacketFlag::AUTHORITATIVE_ANSWER);
-        let record = |name: &Name<'_>, data| {
-            ResourceRecord::new(name.clone().into_owned(), CLASS::IN, MDNS_TTL_SECONDS, data)
-        };
-        packet.answers.push(record(&service, RData::PTR(PTR(instance.clone()))));
-        packet.answers.push(record(&instance, RData::SRV(srv)));
-        packet.answers.push(record(&instance, RData::TXT(txt)));
-        packet.build_bytes_vec().ok()
+        service_response((SERVICE, &instance), (&host, self.port), &strings)
     }
 
     fn from_mdns_response(packet: &Packet<'_>) -> Vec<Announcement> {

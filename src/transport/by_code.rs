@@ -180,7 +180,7 @@ async fn ask_with(
         .map_err(|source| CodedError::Handshake { address, source })?;
     let answered = match converse(&connection, proof, request).await {
         Err(error @ (CodedError::Talk { .. } | CodedError::Unanswered { .. })) => {
-            let refusal = refusal_of(&connection).await;
+            let refusal = Refusal::told(&connection).await;
             Err(refusal.map_or(error, |refusal| CodedError::Refused { address, refusal }))
         }
         answered => answered,
@@ -210,14 +210,6 @@ async fn converse(
     let reply = frames::read_value(&mut open.receive, CODED_BYTES_MAX, ANSWER_LIMIT + STEP_LIMIT).await;
     let secret = open.proved.map(|proved| proved.secret());
     Ok(Answered { reply: reply.map_err(told)?, secret })
-}
-
-/// Why a conversation broke off, if the other side says so: that may arrive after the end of its stream.
-async fn refusal_of(connection: &Connection) -> Option<Refusal> {
-    match within(CLOSE_LIMIT, connection.closed()).await {
-        Some(ConnectionError::ApplicationClosed(close)) => Refusal::read(&close),
-        _ => None,
-    }
 }
 
 async fn prove(connection: &Connection, proof: &Proof<'_>) -> Result<Open, CodedError> {

@@ -9,10 +9,13 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use quinn::{ApplicationClose, VarInt};
+use quinn::{ApplicationClose, ConnectionError, VarInt};
 use serde::{Deserialize, Serialize};
 
+use super::executor::within;
 use super::ids::{NodeId, PublicKey, StartId, StoreId};
+
+const TOLD_WITHIN: Duration = Duration::from_millis(300);
 
 /// Rises with a change of this module's wire forms that the old side can't read.
 pub const PROTOCOL: u16 = 1;
@@ -130,6 +133,14 @@ impl Refusal {
         let text = String::from_utf8_lossy(&close.reason);
         let sentence = text.chars().filter(|character| !character.is_control()).take(500).collect();
         Some(Refusal { code: *code, sentence })
+    }
+
+    /// Why a conversation broke off, if the other side says so: that may arrive after the end of its stream.
+    pub(super) async fn told(connection: &quinn::Connection) -> Option<Refusal> {
+        match within(TOLD_WITHIN, connection.closed()).await {
+            Some(ConnectionError::ApplicationClosed(close)) => Refusal::read(&close),
+            _ => None,
+        }
     }
 }
 

@@ -264,15 +264,16 @@ async fn ask(
         .map_err(|source| (false, AttemptError::Handshake { address, source }))?;
     let message = proof_message(&connection).ok_or((false, AttemptError::Proof { address }))?;
     let signed = SignedRequest { request: request.clone(), proof: key.sign(&message) };
-    let reply = converse(&connection, &signed).await;
-    connection.close(CLOSE_DONE, b"");
-    reply.map_err(|error| match connection.close_reason() {
-        Some(ConnectionError::ApplicationClosed(close)) => match Refusal::read(&close) {
-            Some(refusal) => (false, AttemptError::Closed { address, refusal }),
-            None => (true, AttemptError::Talk { address, source: error }),
+    let answered = match converse(&connection, &signed).await {
+        Ok(reply) => Ok(reply),
+        // Before this end closes: then its own word would be the reason.
+        Err(error) => match Refusal::told(&connection).await {
+            Some(refusal) => Err((false, AttemptError::Closed { address, refusal })),
+            None => Err((true, AttemptError::Talk { address, source: error })),
         },
-        _ => (true, AttemptError::Talk { address, source: error }),
-    })
+    };
+    connection.close(CLOSE_DONE, b"");
+    answered
 }
 
 pub(super) async fn converse(

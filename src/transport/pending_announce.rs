@@ -15,11 +15,11 @@ use async_io::{Async, Timer};
 use futures_lite::future;
 use ring::digest::{SHA256, digest};
 use rustix::net::sockopt;
-use simple_dns::rdata::{PTR, RData, SRV, TXT};
-use simple_dns::{CLASS, Name, Packet, PacketFlag, QTYPE, Question, ResourceRecord, TYPE};
+use simple_dns::rdata::{RData, TXT};
+use simple_dns::{CLASS, Name, Packet, PacketFlag, QTYPE, Question, TYPE};
 
 use super::announce::{
-    self, Answers, MDNS_PORT, MDNS_TTL_SECONDS, covered_by, join_groups, multicast_on_all, shared_socket,
+    self, Answers, MDNS_PORT, covered_by, join_groups, multicast_on_all, service_response, shared_socket,
 };
 use super::executor::within;
 use super::ids::PublicKey;
@@ -67,7 +67,6 @@ impl Waiting {
         let hash = key_hash_text(&self.key_hash);
         let instance = format!("{}-{}.{SERVICE}", self.name, &hash[..8]);
         let host = format!("{}.local", self.name);
-        let (service, instance) = (Name::new(SERVICE).ok()?, Name::new(&instance).ok()?);
         let mut strings = vec![
             format!("n={}", self.name),
             format!("p={}", self.address.port()),
@@ -76,18 +75,7 @@ impl Waiting {
             format!("w={}", self.waits_s),
         ];
         strings.extend(self.would_found.iter().map(|cluster| format!("b={cluster}")));
-        let mut txt = TXT::new();
-        strings.iter().try_for_each(|text| txt.add_string(text)).ok()?;
-        let srv = SRV { priority: 0, weight: 0, port: self.address.port(), target: Name::new(&host).ok()? };
-        let mut packet = Packet::new_reply(0);
-        packet.set_flags(PacketFlag::AUTHORITATIVE_ANSWER);
-        let record = |name: &Name<'_>, data| {
-            ResourceRecord::new(name.clone().into_owned(), CLASS::IN, MDNS_TTL_SECONDS, data)
-        };
-        packet.answers.push(record(&service, RData::PTR(PTR(instance.clone()))));
-        packet.answers.push(record(&instance, RData::SRV(srv)));
-        packet.answers.push(record(&instance, RData::TXT(txt)));
-        packet.build_bytes_vec().ok()
+        service_response((SERVICE, &instance), (&host, self.address.port()), &strings)
     }
 
     /// The address is where the datagram came from: what it says of itself would send a member anywhere.
