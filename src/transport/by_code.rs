@@ -17,13 +17,12 @@ use quinn::crypto::rustls::{NoInitialCipherSuite, QuicClientConfig};
 use quinn::{Connection, ConnectionError, RecvStream, SendStream};
 use serde::{Deserialize, Serialize};
 
-use super::authority::NODE_NAME;
 use super::executor::{TaskGroup, within};
 use super::frames::{self, FrameError};
 use super::hello::{CLOSE_DONE, Refusal, RefusalCode};
 use super::identity::NodeKey;
 use super::ids::PublicKey;
-use super::join::client_endpoint;
+use super::join::{AttemptError, client_endpoint, connect};
 use super::pake::{Exchange, Proved, Side};
 use super::peers::transport_parameters;
 use super::tls::{self, TlsError};
@@ -33,7 +32,6 @@ pub(super) const STEP_LIMIT: Duration = Duration::from_secs(3);
 /// The answer waits for a whole join: dialling, a commit and a signature.
 pub(super) const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 const EXPORTER_LABEL: &[u8] = b"EXPORTER-tinydc-code";
-const CONNECT_LIMIT: Duration = Duration::from_secs(3);
 const CLOSE_LIMIT: Duration = Duration::from_millis(300);
 
 /// The asker's first frame. Append variants, never change them.
@@ -93,14 +91,8 @@ pub enum CodedError {
     Quic(#[from] NoInitialCipherSuite),
     #[error("open a UDP socket")]
     Socket(#[source] io::Error),
-    #[error("dial {address}")]
-    Dial {
-        address: SocketAddr,
-        #[source]
-        source: quinn::ConnectError,
-    },
-    #[error("{address} doesn't answer")]
-    Timeout { address: SocketAddr },
+    #[error(transparent)]
+    Attempt(AttemptError),
     #[error("{address} speaks to nobody by a code, or is not tinydc")]
     Handshake {
         address: SocketAddr,
@@ -171,13 +163,11 @@ async fn ask_with(
     let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(config)?));
     config.transport_config(transport_parameters());
     let endpoint = client_endpoint(tasks, address).map_err(CodedError::Socket)?;
-    let connecting = endpoint
-        .connect_with(config, address, NODE_NAME)
-        .map_err(|source| CodedError::Dial { address, source })?;
-    let connection = within(CONNECT_LIMIT, connecting)
-        .await
-        .ok_or(CodedError::Timeout { address })?
-        .map_err(|source| CodedError::Handshake { address, source })?;
+    let connection = connect(&endpoint, &config, address).await.map_err(|error| match error {
+        // There is no token whose cluster it could be.
+        AttemptError::Handshake { address, source } => CodedError::Handshake { address, source },
+        other => CodedError::Attempt(other),
+    })?;
     let answered = match converse(&connection, proof, request).await {
         Err(error @ (CodedError::Talk { .. } | CodedError::Unanswered { .. })) => {
             let refusal = Refusal::told(&connection).await;
@@ -218,7 +208,7 @@ async fn prove(connection: &Connection, proof: &Proof<'_>) -> Result<Open, Coded
     let limit = STEP_LIMIT;
     let (mut send, mut receive) = within(limit, connection.open_bi())
         .await
-        .ok_or(CodedError::Timeout { address })?
+        .ok_or(CodedError::Attempt(AttemptError::Timeout { address }))?
         .map_err(|error| failed(FrameError::Write(error.into())))?;
     let session = exported(connection).ok_or(CodedError::Impostor { address })?;
     match proof {

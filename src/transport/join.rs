@@ -247,6 +247,21 @@ pub(super) fn client_endpoint(tasks: &Arc<TaskGroup>, towards: SocketAddr) -> io
     quinn::Endpoint::new(EndpointConfig::default(), None, socket, Arc::new(QuicRuntime(tasks.clone())))
 }
 
+/// For a conversation with a stranger, by a token or a code.
+pub(super) async fn connect(
+    endpoint: &quinn::Endpoint,
+    config: &quinn::ClientConfig,
+    address: SocketAddr,
+) -> Result<Connection, AttemptError> {
+    let connecting = endpoint
+        .connect_with(config.clone(), address, NODE_NAME)
+        .map_err(|source| AttemptError::Dial { address, source })?;
+    within(CONNECT_LIMIT, connecting)
+        .await
+        .ok_or(AttemptError::Timeout { address })?
+        .map_err(|source| AttemptError::Handshake { address, source })
+}
+
 /// The flag of an error says whether the request may have arrived.
 async fn ask(
     endpoint: &quinn::Endpoint,
@@ -255,13 +270,7 @@ async fn ask(
     key: &NodeKey,
     request: &JoinRequest,
 ) -> Result<JoinReply, (bool, AttemptError)> {
-    let connecting = endpoint
-        .connect_with(config.clone(), address, NODE_NAME)
-        .map_err(|source| (false, AttemptError::Dial { address, source }))?;
-    let connection = within(CONNECT_LIMIT, connecting)
-        .await
-        .ok_or((false, AttemptError::Timeout { address }))?
-        .map_err(|source| (false, AttemptError::Handshake { address, source }))?;
+    let connection = connect(endpoint, config, address).await.map_err(|error| (false, error))?;
     let message = proof_message(&connection).ok_or((false, AttemptError::Proof { address }))?;
     let signed = SignedRequest { request: request.clone(), proof: key.sign(&message) };
     let answered = match converse(&connection, &signed).await {

@@ -144,13 +144,7 @@ fn link_to(stage: &Stage, address: Ipv4Addr) -> Result<String> {
 const LIMIT: Duration = Duration::from_secs(20);
 
 fn encrypt(stage: &mut Stage) -> Result<()> {
-    stage.lab.lan.add_far_lan()?;
-    let router = stage.lab.lan.address(254);
-    for node in &stage.lab.nodes {
-        stage.lab.lan.add_default_route(&node.netns, router)?;
-    }
-    stage.lab.add_far_node()?;
-    stage.form(3)?;
+    stage.form_on_two_lans()?;
     let yaml = format!("services:\n{}", named("web", 1, "").replace("{replicas: 1}", "{mode: global}"));
     stage.deploy(0, "shop", &yaml)?;
     let (client, _) = on_node(stage, "pi1")?;

@@ -585,13 +585,7 @@ fn holder(stage: &Stage, address: Ipv4Addr) -> Result<String> {
 }
 
 fn two_lans(stage: &mut Stage) -> Result<()> {
-    stage.lab.lan.add_far_lan()?;
-    let router = stage.lab.lan.address(254);
-    for node in &stage.lab.nodes {
-        stage.lab.lan.add_default_route(&node.netns, router)?;
-    }
-    stage.lab.add_far_node()?;
-    stage.form(3)?;
+    stage.form_on_two_lans()?;
     let yaml = format!(
         "services:\n{}{}",
         named("web", 3, "    ports: [\"8080:8080\"]\n"),

@@ -78,6 +78,18 @@ impl Stage {
         self.load(0)
     }
 
+    /// Two machines on the LAN and a third behind a router, in one cluster; the router's address.
+    pub fn form_on_two_lans(&mut self) -> Result<Ipv4Addr> {
+        self.lab.lan.add_far_lan()?;
+        let router = self.lab.lan.address(254);
+        for node in &self.lab.nodes {
+            self.lab.lan.add_default_route(&node.netns, router)?;
+        }
+        self.lab.add_far_node()?;
+        self.form(3)?;
+        Ok(router)
+    }
+
     pub fn wait_voters(&self, wanted: usize) -> Result<()> {
         // Each by its own copy: a configuration counts for a node once that node has applied it.
         for node in self.lab.nodes.iter().filter(|node| node.is_running()) {
@@ -294,19 +306,8 @@ pub fn refusal(what: &str, output: &Output, code: i32) -> Result<String> {
 }
 
 /// Asks every 20 ms until it is true.
-pub fn until(what: &str, limit: Duration, mut is_true: impl FnMut() -> Result<bool>) -> Result<()> {
-    let begin = Instant::now();
-    loop {
-        let outcome = is_true();
-        if matches!(outcome, Ok(true)) {
-            return Ok(());
-        }
-        if begin.elapsed() > limit {
-            let why = outcome.err().map(|error| format!("; last: {error:#}")).unwrap_or_default();
-            bail!("waited {} s until {what}{why}", limit.as_secs());
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
+pub fn until(what: &str, limit: Duration, is_true: impl FnMut() -> Result<bool>) -> Result<()> {
+    lab::until(what, limit, Duration::from_millis(20), is_true)
 }
 
 /// Holds for as long as it is looked at: what must not happen did not.

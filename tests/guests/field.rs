@@ -8,7 +8,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
-use tinydc::cli::lab::Lan;
+use tinydc::cli::lab::{self, Lan};
 use tinydc::linux::netns;
 
 const DIR: &str = "/var/tmp/tinydc-guest-test";
@@ -226,18 +226,7 @@ fn sweep(dir: &Path) -> Result<()> {
     fs::remove_dir_all(dir).with_context(|| format!("remove {}", dir.display()))
 }
 
-/// Asks until it is true, at most for `limit`; says what was waited for.
-pub fn until(what: &str, limit: Duration, mut is_true: impl FnMut() -> Result<bool>) -> Result<()> {
-    let begin = Instant::now();
-    loop {
-        let outcome = is_true();
-        if matches!(outcome, Ok(true)) {
-            return Ok(());
-        }
-        if begin.elapsed() > limit {
-            let why = outcome.err().map(|error| format!("; last: {error:#}")).unwrap_or_default();
-            bail!("waited {} s until {what}{why}", limit.as_secs());
-        }
-        std::thread::sleep(Duration::from_millis(200));
-    }
+/// Asks five times a second: a guest shares its processor with what asks it.
+pub fn until(what: &str, limit: Duration, is_true: impl FnMut() -> Result<bool>) -> Result<()> {
+    lab::until(what, limit, Duration::from_millis(200), is_true)
 }

@@ -14,7 +14,7 @@ pub use image::{archive_of, hello_image, image_of, image_with};
 pub use lan::Lan;
 
 use crate::linux::{cgroup::Cgroups, mount, netns, process::ProcessId};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
@@ -300,21 +300,12 @@ impl Node {
 
     /// Asks every 20 ms until it is true; says what was waited for when it never is.
     pub fn wait(&self, what: &str, limit: Duration, is_true: impl Fn(&Node) -> Result<bool>) -> Result<()> {
-        let begin = Instant::now();
-        loop {
-            let outcome = is_true(self);
-            if matches!(outcome, Ok(true)) {
-                return Ok(());
-            }
-            if begin.elapsed() > limit {
-                let why = outcome.err().map(|error| format!("; last: {error:#}")).unwrap_or_default();
-                let log = fs::read_to_string(self.dir.join("log")).unwrap_or_default();
-                let lines: Vec<&str> = log.lines().rev().take(5).collect();
-                let tail = lines.into_iter().rev().collect::<Vec<_>>().join("\n  ");
-                bail!("waited {} s until {what} ({}){why}\n  {tail}", limit.as_secs(), self.name);
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        until(what, limit, Duration::from_millis(20), || is_true(self)).map_err(|error| {
+            let log = fs::read_to_string(self.dir.join("log")).unwrap_or_default();
+            let lines: Vec<&str> = log.lines().rev().take(5).collect();
+            let tail = lines.into_iter().rev().collect::<Vec<_>>().join("\n  ");
+            anyhow!("{error:#} ({})\n  {tail}", self.name)
+        })
     }
 
     /// Runs something inside this node's network namespace, on a thread of its own.
@@ -392,6 +383,27 @@ fn kill_all_below(dir: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Asks, with `pause` in between, until it is true; says what was waited for when it never is.
+pub fn until(
+    what: &str,
+    limit: Duration,
+    pause: Duration,
+    mut is_true: impl FnMut() -> Result<bool>,
+) -> Result<()> {
+    let begin = Instant::now();
+    loop {
+        let outcome = is_true();
+        if matches!(outcome, Ok(true)) {
+            return Ok(());
+        }
+        if begin.elapsed() > limit {
+            let why = outcome.err().map(|error| format!("; last: {error:#}")).unwrap_or_default();
+            bail!("waited {} s until {what}{why}", limit.as_secs());
+        }
+        std::thread::sleep(pause);
+    }
 }
 
 /// Takes away everything below `dir`: processes, cgroups, mounts, namespaces, files.
