@@ -126,6 +126,17 @@ pub fn set_oom_score_adj(score: i32) -> io::Result<()> {
     fs::write("/proc/self/oom_score_adj", score.to_string())
 }
 
+/// One heap for all threads of a daemon that waits most of its life, before it starts any: glibc gives each thread its
+/// own, of which every one keeps what its thread once needed (2.5 MiB of 16, measured with ten instances). Other C
+/// libraries have one heap.
+pub fn share_one_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt takes two numbers and may be called at any time; no other thread runs yet.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
 /// Collects one exited child of this process without waiting. Does nothing for a process that is not its child.
 pub fn reap(pid: i32) {
     if let Some(pid) = Pid::from_raw(pid) {

@@ -70,6 +70,7 @@ pub(crate) enum Awaiting {
 }
 
 pub fn run(options: RunOptions) -> Result<()> {
+    crate::linux::process::share_one_heap();
     let mut config = Config::load(options.config.as_deref())?;
     if options.data_dir.is_some() {
         config.data_dir = options.data_dir;

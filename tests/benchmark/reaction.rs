@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use tinydc::cli::lab::Lab;
 use tinydc::linux::netns;
 
-const DEATHS: usize = 5;
+/// One on each node: a container that exits more often within a minute is held back.
+const DEATHS: usize = 3;
 const SERVICES_PER_APP: usize = 100;
 const LIMIT: Duration = Duration::from_secs(2);
 const BUDGET_MS: f64 = 100.0;
@@ -19,9 +20,6 @@ const BUDGET_MS: f64 = 100.0;
 pub fn reaction() -> Result<Vec<Row>> {
     let lab = lab(3)?;
     load_hello(&lab)?;
-    super::deploy(&lab, serde_json::json!({ "web": service(3, false)? }))?;
-    super::wait_running(&lab, 3)?;
-    let address = vip(&lab)?;
     let mut rows = Vec::new();
     let mut have = 1;
     for (count, name) in [
@@ -32,9 +30,20 @@ pub fn reaction() -> Result<Vec<Row>> {
         while have < count {
             have += add_services(&lab, have, (count - have).min(SERVICES_PER_APP))?;
         }
+        let address = deploy_anew(&lab)?;
         rows.push(Row::new(name, worst_of(&lab, address)?, "ms").within(BUDGET_MS));
     }
     Ok(rows)
+}
+
+/// Three instances that have never exited, and their address.
+fn deploy_anew(lab: &Lab) -> Result<Ipv4Addr> {
+    for replicas in [0, 3] {
+        super::deploy(lab, serde_json::json!({ "web": service(replicas, false)? }))?;
+        let wanted = usize::try_from(replicas)?;
+        lab.nodes[0].wait("all serve", Duration::from_secs(60), |_| Ok(serving(lab)? == wanted))?;
+    }
+    vip(lab)
 }
 
 /// Services that have an address and nothing behind it.
