@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tinydc::linux::netns;
 
 const DNSMASQ_PORT: u16 = 5454;
-const ROUND: Duration = Duration::from_millis(700);
+const ROUND: Duration = Duration::from_millis(300);
 /// Questions that wait for their answers at once.
 const WINDOW: u16 = 32;
 const NAME: &str = "serve.net.tinydc.internal";
