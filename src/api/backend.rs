@@ -13,6 +13,7 @@ use crate::transport::peers::Transport;
 use crate::transport::sealing::random_bytes;
 use async_executor::Executor;
 use hyper::{HeaderMap, StatusCode};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -35,6 +36,8 @@ pub struct Backend {
     /// Written when this node is to leave its cluster: the node layer takes it from there.
     pub leave: async_channel::Sender<()>,
     pub api_port: u16,
+    /// What ends with the machine.
+    pub run_dir: PathBuf,
 }
 
 /// What a client minted, so that its retry is told from a second wish.

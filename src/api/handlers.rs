@@ -78,6 +78,7 @@ pub async fn handle(
         Verb::Pending => joining::pending(backend),
         Verb::Accept => joining::accept(backend, request).await,
         Verb::RecoverKey => keys::recover(backend, request).await,
+        Verb::RecoveryKey => keys::show_recovery_key(backend),
         Verb::InternalWrite
         | Verb::InternalBlob
         | Verb::InternalLive

@@ -267,7 +267,7 @@ pub async fn answer_code(backend: Arc<Backend>, asked: CodeAsked) {
     };
     if let (CodeReply::Refused { .. }, Some(tried)) = (&reply, asked.tried) {
         // It has served nobody.
-        backend.transport.door().show(tried);
+        backend.transport.door().show_again(tried);
     }
     // Whoever asked may have gone.
     let _ = asked.reply.send(reply).await;

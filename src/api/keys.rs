@@ -16,6 +16,10 @@ use crate::state::Command;
 use crate::transport::sealing::{ClusterKey, RecoveryKey};
 use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
+use std::fs;
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tracing::info;
@@ -78,6 +82,28 @@ async fn keep(backend: &Arc<Backend>, key: Option<ClusterKey>) -> Result<(), Api
     smol::unblock(move || saved.save(&data_dir)).await.map_err(|error| ApiError::internal(&error))?;
     *backend.identity.lock().unwrap_or_else(PoisonError::into_inner) = identity;
     Ok(())
+}
+
+/// In the folder that ends with the machine: of a cluster that this machine founded by itself, so that nobody saw it.
+const RECOVERY_KEY_FILE: &str = "recovery-key";
+
+pub fn keep_recovery_key(run_dir: &Path, key: &str) -> io::Result<()> {
+    let mut options = fs::OpenOptions::new();
+    let mut file = options.write(true).create_new(true).mode(0o600).open(run_dir.join(RECOVERY_KEY_FILE))?;
+    file.write_all(key.as_bytes())
+}
+
+pub fn show_recovery_key(backend: &Backend) -> Result<Reply, ApiError> {
+    match fs::read_to_string(backend.run_dir.join(RECOVERY_KEY_FILE)) {
+        Ok(recovery_key) => body::ok(&RecoverRequest { recovery_key }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(ApiError::new(StatusCode::NOT_FOUND, "not_found", "this machine keeps no recovery key").hint(
+                "tinydc init printed it when the cluster was founded; where `bootstrap = true` did that, it can be had \
+                 until that machine restarts",
+            ))
+        }
+        Err(error) => Err(ApiError::internal(&error)),
+    }
 }
 
 /// Restores this node's copy from the sealed one in the state.

@@ -32,7 +32,7 @@ pub use error::ApiError;
 pub use handlers::create_token;
 pub use internal::{CA_KEY_PURPOSE, answer_join};
 pub use joining::{answer_code, context_line};
-pub use keys::{confirm_cluster_key, offer_cluster_key, withdraw_cluster_key};
+pub use keys::{confirm_cluster_key, keep_recovery_key, offer_cluster_key, withdraw_cluster_key};
 pub use routes::{ROUTES, Route};
 pub use secrets::open_sealed;
 pub use serve::{Caller, Connection, Server};

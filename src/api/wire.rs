@@ -85,7 +85,7 @@ pub struct LeaveRequest {
     pub is_forced: bool,
 }
 
-/// The recovery key as `init` printed it.
+/// The recovery key: as `init` printed it, or as `GET /v1/recovery-key` shows it on the local socket.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecoverRequest {
     pub recovery_key: String,

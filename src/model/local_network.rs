@@ -15,10 +15,17 @@ pub struct LocalNetwork {
 impl LocalNetwork {
     /// Whether it shares an address with this /16.
     pub fn overlaps(&self, range: Ipv4Addr) -> bool {
-        let first_bits = |address: Ipv4Addr| {
-            u32::from(address).checked_shr(32 - u32::from(self.prefix_length.min(16))).unwrap_or(0)
-        };
-        first_bits(range) == first_bits(self.address)
+        self.has_bits_of(range, self.prefix_length.min(16))
+    }
+
+    pub fn contains(&self, address: Ipv4Addr) -> bool {
+        self.has_bits_of(address, self.prefix_length)
+    }
+
+    fn has_bits_of(&self, address: Ipv4Addr, count: u8) -> bool {
+        let first_bits =
+            |address: Ipv4Addr| u32::from(address).checked_shr(32 - u32::from(count)).unwrap_or(0);
+        first_bits(address) == first_bits(self.address)
     }
 }
 

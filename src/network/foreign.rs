@@ -20,18 +20,28 @@ pub struct Obstacle {
     pub remedy: String,
 }
 
-/// A chain at the forward hook that drops what no rule of it takes.
+/// A chain of others at the forward hook.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct DroppingChain {
+struct ForwardChain {
     family: u8,
     table: String,
     name: String,
+    /// Drops what no rule of it takes.
+    is_dropping: bool,
+}
+
+/// Whether somebody else filters what this machine forwards, and so means it to forward.
+pub fn is_forwarding_used() -> bool {
+    // The tables of the old iptables, which netlink doesn't list.
+    let old = std::fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default();
+    !old.is_empty() || forward_chains().is_ok_and(|chains| !chains.is_empty())
 }
 
 pub fn obstacles(container_range: Ipv4Addr, vip_range: Ipv4Addr) -> Vec<Obstacle> {
     // Without netfilter there is nothing to be in the way.
-    let chains = dropping_chains().unwrap_or_default();
-    let mut found: Vec<Obstacle> = chains.iter().map(|chain| explain(chain, container_range)).collect();
+    let chains = forward_chains().unwrap_or_default();
+    let dropping = chains.iter().filter(|chain| chain.is_dropping);
+    let mut found: Vec<Obstacle> = dropping.map(|chain| explain(chain, container_range)).collect();
     let networks = lan::networks();
     for (range, what) in [(container_range, "containers"), (vip_range, "services")] {
         found.extend(networks.iter().filter(|one| one.overlaps(range)).map(|one| Obstacle {
@@ -43,33 +53,31 @@ pub fn obstacles(container_range: Ipv4Addr, vip_range: Ipv4Addr) -> Vec<Obstacle
     found
 }
 
-fn dropping_chains() -> io::Result<Vec<DroppingChain>> {
+fn forward_chains() -> io::Result<Vec<ForwardChain>> {
     let socket = Socket::netfilter()?;
     let mut batch = Batch::new();
     batch.message(GET_CHAIN, DUMP, &[0, 0, 0, 0]);
     let mut found = Vec::new();
     socket.dump(&batch, &mut |body| {
         let Some((family, rest)) = body.first().zip(body.get(4..)) else { return };
-        found.extend(dropping_chain(*family, rest));
+        found.extend(forward_chain(*family, rest));
     })?;
     Ok(found)
 }
 
-fn dropping_chain(family: u8, body: &[u8]) -> Option<DroppingChain> {
+fn forward_chain(family: u8, body: &[u8]) -> Option<ForwardChain> {
     let value = |wanted: u16| attributes(body).find(|(kind, _)| *kind == wanted).map(|(_, bytes)| bytes);
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim_end_matches('\0').to_owned();
     let number = |bytes: &[u8]| Some(u32::from_be_bytes(bytes.try_into().ok()?));
     let hook = attributes(value(4)?).find(|(kind, _)| *kind == 1).and_then(|(_, bytes)| number(bytes))?;
-    let chain = DroppingChain { family, table: text(value(1)?), name: text(value(3)?) };
-    let is_in_the_way = hook == FORWARD_HOOK
-        && number(value(5)?)? == DROP
-        && matches!(family, FAMILY_INET | FAMILY_IPV4)
-        && chain.table != TABLE;
-    is_in_the_way.then_some(chain)
+    let is_dropping = number(value(5)?)? == DROP;
+    let chain = ForwardChain { family, table: text(value(1)?), name: text(value(3)?), is_dropping };
+    let is_others = matches!(family, FAMILY_INET | FAMILY_IPV4) && chain.table != TABLE;
+    (hook == FORWARD_HOOK && is_others).then_some(chain)
 }
 
-fn explain(chain: &DroppingChain, range: Ipv4Addr) -> Obstacle {
-    let DroppingChain { family, table, name } = chain;
+fn explain(chain: &ForwardChain, range: Ipv4Addr) -> Obstacle {
+    let ForwardChain { family, table, name, .. } = chain;
     let whose = if Path::new("/run/docker.pid").exists() || Path::new("/var/run/docker.sock").exists() {
         " (Docker's)"
     } else if Path::new("/etc/ufw/ufw.conf").exists() {

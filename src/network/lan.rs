@@ -73,8 +73,11 @@ pub fn networks() -> Vec<LocalNetwork> {
     for (address, prefix_length, index) in routed {
         let interface = nix::net::if_::if_indextoname(index).ok().and_then(|name| name.into_string().ok());
         if let Some(interface) = interface.filter(|name| name != "lo" && !is_own(name)) {
-            let is_known =
-                |known: &LocalNetwork| known.prefix_length == prefix_length && known.interface == interface;
+            let is_known = |known: &LocalNetwork| {
+                known.prefix_length == prefix_length
+                    && known.interface == interface
+                    && known.contains(address)
+            };
             if !found.iter().any(is_known) {
                 found.insert(LocalNetwork { address, prefix_length, interface });
             }

@@ -22,6 +22,7 @@ mod nft;
 pub mod overlay;
 pub mod relay;
 mod reset;
+mod sysctl;
 pub mod wireguard;
 
 pub use hold::Taken;
@@ -31,7 +32,7 @@ use crate::linux::netns;
 use conntrack::Conversation;
 use hold::Holds;
 use netlink::Socket;
-use nft::{Shape, Table};
+use nft::{Places, Shape, Table};
 use nix::sys::socket::{setsockopt, sockopt};
 use overlay::{Numbers, Way};
 use std::collections::{BTreeMap, BTreeSet};
@@ -127,8 +128,9 @@ impl Network {
         // A container that is not to be reached is refused, not looked for at the router, in clear.
         link::change_barrier(&socket, (config.container_range, 16), true)
             .map_err(kernel("keep containers' traffic off the default route"))?;
-        set_sysctl("net/ipv4/ip_forward", "1")?;
-        set_sysctl("net/ipv4/conf/all/send_redirects", "0")?;
+        let before = sysctl::Before::at(&config.run_dir);
+        before.set(sysctl::IP_FORWARD, "1")?;
+        before.set("net/ipv4/conf/all/send_redirects", "0")?;
         let shape = Shape {
             cluster: (config.container_range, 16),
             node: (bridge_address, 24),
@@ -185,13 +187,15 @@ impl Network {
         link::add_veth(&socket, &name, None, MTU, netns_file.as_fd())
             .map_err(kernel(format!("connect {container}; the kernel needs `veth`")))?;
         for (setting, value) in LINK_SYSCTLS {
-            set_sysctl(&format!("net/ipv4/conf/{name}/{setting}"), value)?;
+            sysctl::set(&format!("net/ipv4/conf/{name}/{setting}"), value)?;
         }
+        take_ipv6_from(&name)?;
         let gateway = self.bridge_address;
         netns::in_netns(path, move || {
             let socket = Socket::route()?;
             link::set_up(&socket, link::index_of("lo")?)?;
             let index = link::index_of("eth0")?;
+            take_ipv6_from("eth0").map_err(io::Error::other)?;
             link::set_up(&socket, index)?;
             link::add_address(&socket, index, address, 32)?;
             link::add_route(
@@ -230,7 +234,7 @@ impl Network {
         ))?;
         // Published ports answer on loopback too, wherever the container is: only now, as the table drops what comes from
         // outside and is addressed to loopback.
-        set_sysctl(ROUTE_LOCALNET, "1")?;
+        sysctl::Before::at(&self.config.run_dir).set(ROUTE_LOCALNET, "1")?;
         let mut waiting = Vec::new();
         for endpoint in dead {
             // Clients elsewhere, and all of them where this fails, learn of it with their next packet.
@@ -286,10 +290,12 @@ impl Network {
 
     /// Brings the ways to the other nodes' containers to what is wanted, by node number. A member of which nothing is
     /// known now keeps its way, also one that an earlier run has made, unless that is in clear and must not be.
+    /// `floating`: the cluster's addresses that move between nodes.
     pub fn set_peers(
         &self,
         wanted: &BTreeMap<u8, Reach>,
         members: &BTreeSet<u8>,
+        floating: &BTreeSet<Ipv4Addr>,
         is_clear_allowed: bool,
     ) -> Result<(), NetworkError> {
         let interfaces = lan::interfaces().map_err(kernel("list interfaces"))?;
@@ -329,7 +335,9 @@ impl Network {
         let peers = clear.map(Way::address).filter(|address| !address.is_unspecified()).collect();
         let others = members.iter().filter(|number| **number != numbers.own && !is_clear_allowed);
         let sealed = others.map(|number| numbers.network(*number)).collect();
-        table.set_peers(&netfilter, peers, sealed).map_err(kernel("tell the table where the nodes are"))?;
+        let doors = ways.values().map(Way::address).filter(|address| !address.is_unspecified());
+        let doors = doors.chain(floating.iter().copied()).collect();
+        table.set_places(&netfilter, Places { peers, sealed, doors });
         first_error.map_or(Ok(()), Err)
     }
 
@@ -344,7 +352,7 @@ impl Network {
         let numbers = self.numbers();
         let tunnel = Tunnel::create(slot, numbers.network(numbers.own), lan_mtu)?;
         // Two nodes never change at the same moment: what comes through one tunnel may be answered through another.
-        let loose = set_sysctl(&format!("net/ipv4/conf/{}/rp_filter", slot.link_name()), "2");
+        let loose = sysctl::set(&format!("net/ipv4/conf/{}/rp_filter", slot.link_name()), "2");
         loose.map_err(|error| TunnelError::Kernel {
             step: error.to_string(),
             source: io::ErrorKind::Other.into(),
@@ -453,9 +461,11 @@ impl Network {
     /// Leaves no trace: namespaces, routes, table, bridge.
     pub fn erase(&self) -> Result<(), NetworkError> {
         self.sweep(&BTreeSet::new())?;
-        self.set_peers(&BTreeMap::new(), &BTreeSet::new(), true)?;
+        self.set_peers(&BTreeMap::new(), &BTreeSet::new(), &BTreeSet::new(), true)?;
         self.keep_tunnels(&BTreeSet::new())?;
-        set_sysctl(ROUTE_LOCALNET, "0")?;
+        sysctl::Before::at(&self.config.run_dir)
+            .restore(foreign::is_forwarding_used())
+            .map_err(kernel("give the kernel's settings back"))?;
         let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
         nft::table::delete_table(&netfilter).map_err(kernel("delete the nftables table"))?;
         let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
@@ -493,11 +503,12 @@ const ROUTE_LOCALNET: &str = "net/ipv4/conf/all/route_localnet";
 /// Of each container's link: no redirects, which would lead past this node; no sender but the container's own address.
 const LINK_SYSCTLS: [(&str, &str); 2] = [("send_redirects", "0"), ("rp_filter", "1")];
 
-fn set_sysctl(name: &str, value: &'static str) -> Result<(), NetworkError> {
-    let path = Path::new("/proc/sys").join(name);
-    let is_set = fs::read_to_string(&path).is_ok_and(|text| text.trim() == value);
-    if is_set {
+/// Containers have IPv4 addresses only. By the link-local address that the kernel gives each end of a link they would
+/// reach whatever listens on this node, past every rule. A kernel without IPv6 has no such file.
+fn take_ipv6_from(link: &str) -> Result<(), NetworkError> {
+    let name = format!("net/ipv6/conf/{link}/disable_ipv6");
+    if !Path::new("/proc/sys").join(&name).exists() {
         return Ok(());
     }
-    fs::write(&path, value).map_err(|source| NetworkError::Sysctl { path, value, source })
+    sysctl::set(&name, "1")
 }

@@ -281,6 +281,7 @@ impl<'a> Run<'a> {
             identity: Mutex::new(self.identity.clone()),
             leave,
             api_port: api_listen.port(),
+            run_dir: self.config.run_dir(),
         });
         let _ = self.late.backend.set(backend.clone());
         self.tasks.push(self.executor.spawn(confirm_cluster_key(backend.clone())));
@@ -625,7 +626,7 @@ impl EventPump {
             None => {
                 // Before this node serves its code must not be used up: the asker comes again.
                 if let Some(tried) = asked.tried {
-                    self.door.show(tried);
+                    self.door.show_again(tried);
                 }
                 let sentence = "this node is starting; try again in a few seconds".into();
                 // It may have gone.

@@ -8,7 +8,7 @@
 
 use super::{Awaiting, Config, Stop, founding, machine, socket};
 use crate::api::wire::{InitRequest, JoinBody, JoiningBody};
-use crate::api::{ApiError, UnjoinedRequest, serve_unjoined};
+use crate::api::{ApiError, UnjoinedRequest, keep_recovery_key, serve_unjoined};
 use crate::model::Architecture;
 use crate::tasks::lock;
 use crate::transport::authority::is_person_name;
@@ -33,6 +33,8 @@ use tracing::{info, warn};
 const LISTEN_FOR: Duration = Duration::from_secs(10);
 const RETRY_JOIN_EVERY: Duration = Duration::from_secs(10);
 const RETRY_REFUSED_EVERY: Duration = Duration::from_secs(60);
+/// After a client that could not be accepted, for want of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// What `init` calls a cluster unless told otherwise.
 pub const CLUSTER_NAME: &str = "home";
 
@@ -125,8 +127,17 @@ impl Unjoined<'_> {
             JoiningBody { code, ..lock(&facts).clone() }
         });
         self.executor.spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                tasks.spawn(serve_unjoined(stream, sender.clone(), joining.clone())).detach();
+            loop {
+                match listener.accept().await {
+                    // Detached: the answer to `init` goes out when the node serves, after this has ended.
+                    Ok((stream, _)) => {
+                        tasks.spawn(serve_unjoined(stream, sender.clone(), joining.clone())).detach();
+                    }
+                    Err(error) => {
+                        warn!(%error, "the local socket accepts no client now");
+                        async_io::Timer::after(ACCEPT_PAUSE).await;
+                    }
+                }
             }
         })
     }
@@ -211,7 +222,12 @@ impl Unjoined<'_> {
         let founded =
             founding::init(&self.data_dir, &self.name, &wish).map_err(|error| anyhow::anyhow!("{error}"))?;
         info!("founded a cluster, as `bootstrap = true` says");
-        println!("recovery key: {}", founded.recovery_key);
+        match keep_recovery_key(&self.config.run_dir(), &founded.recovery_key) {
+            Ok(()) => warn!(
+                "its recovery key can be had until this machine restarts; keep it elsewhere: tinydc node recovery-key"
+            ),
+            Err(error) => warn!(%error, "its recovery key could not be kept for you"),
+        }
         Ok(Awaiting::Nobody)
     }
 

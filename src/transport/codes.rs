@@ -85,6 +85,12 @@ impl Codes {
         self.shown = Some(shown);
     }
 
+    pub fn show_again(&mut self, shown: Shown, now: Instant) {
+        if self.valid(now).is_none() {
+            self.shown = Some(shown);
+        }
+    }
+
     /// The code that a display may show.
     pub fn displayed(&self, now: Instant) -> Option<&Shown> {
         self.valid(now).filter(|shown| shown.lasting != Lasting::Hidden)

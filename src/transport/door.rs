@@ -9,7 +9,7 @@
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use async_channel::Sender;
 use quinn::{Connection, RecvStream, SendStream};
@@ -28,6 +28,9 @@ use super::operators::OperatorKey;
 use super::pake::{Exchange, Proved, Side};
 use super::serve::{finish, remote_address};
 use super::table::malformed;
+
+/// For what the asker sends after its proof: the limit of a write in its cluster, and of a step.
+const REQUEST_LIMIT: Duration = Duration::from_secs(8);
 
 /// A request whose proof holds, for the node layer.
 pub struct CodeAsked {
@@ -67,6 +70,11 @@ impl Door {
     /// Shows this code instead of the one before.
     pub fn show(&self, shown: Shown) {
         lock(&self.codes).show(shown);
+    }
+
+    /// Shows a code again that has served nobody, unless there is another by now.
+    pub fn show_again(&self, shown: Shown) {
+        lock(&self.codes).show_again(shown, Instant::now());
     }
 
     /// What a display shows now.
@@ -110,7 +118,7 @@ pub(super) async fn serve(door: &Door, connection: Connection) {
         Err(refusal) => {
             // Wrong codes have their own count, which no other address escapes.
             if refusal.code != RefusalCode::Malformed {
-                entered.outcome = JoinOutcome::Accepted;
+                entered.outcome = JoinOutcome::Refused;
             }
             info!(%address, reason = %refusal, "refused by code");
             refusal.close(&connection);
@@ -157,7 +165,8 @@ async fn answer(door: &Door, connection: &Connection) -> Result<(), Refusal> {
             prove(door, address, &session, &message, (&mut send, &mut receive)).await?
         }
     };
-    let request = frames::read_value(&mut receive, CODED_BYTES_MAX, STEP_LIMIT).await.map_err(broken)?;
+    // A member makes the token that it sends only now, and that is a write of its cluster.
+    let request = frames::read_value(&mut receive, CODED_BYTES_MAX, REQUEST_LIMIT).await.map_err(broken)?;
     let (reply, replied) = async_channel::bounded(1);
     let asked = CodeAsked {
         request,

@@ -24,7 +24,10 @@ pub(super) struct JoinLimit {
 
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub(super) enum JoinOutcome {
+    /// Whoever it is has proved that it is meant to come: its failures are forgotten.
     Accepted,
+    /// Counted elsewhere, or not by the source's fault.
+    Refused,
     Failed,
 }
 
@@ -69,6 +72,7 @@ impl JoinLimit {
             JoinOutcome::Accepted => {
                 self.failures.remove(&source);
             }
+            JoinOutcome::Refused => {}
             JoinOutcome::Failed => {
                 self.failures.entry(source).or_default().push(now_ms);
                 if self.failures.len() > SOURCES_MAX {
@@ -111,6 +115,20 @@ mod tests {
         assert!(refusal.sentence.ends_with("in 50 s"), "{refusal}");
         limit.enter(address(2), 10_000).unwrap();
         limit.enter(address(1), 60_000).unwrap();
+    }
+
+    #[test]
+    fn a_refusal_takes_back_no_failure() {
+        let mut limit = JoinLimit::default();
+        for time in 0..5 {
+            limit.enter(address(1), time).unwrap();
+            limit.leave(address(1), JoinOutcome::Failed, time);
+            if time < 4 {
+                limit.enter(address(1), time).unwrap();
+                limit.leave(address(1), JoinOutcome::Refused, time);
+            }
+        }
+        assert_eq!(limit.enter(address(1), 10).unwrap_err().code, RefusalCode::TooManyFailures);
     }
 
     #[test]

@@ -241,6 +241,13 @@ fn leave(stage: &mut Stage) -> Result<()> {
             .inside(|| Command::new("sh").args(["-c", "ip -o link; nft list tables"]).output())?;
         let text = String::from_utf8_lossy(&links.stdout).into_owned();
         ensure!(!text.contains("tdc") && !text.contains("tinydc"), "{text}");
+        for setting in ["ip_forward", "conf/all/send_redirects", "conf/all/route_localnet"] {
+            // What a new namespace begins with.
+            let path = Path::new("/proc/sys/net/ipv4").join(setting);
+            let before = fs::read_to_string(&path)?;
+            let after = stage.lab.nodes[3].inside(move || fs::read_to_string(path))?;
+            ensure!(after == before, "{setting} was {before} and is {after}");
+        }
         let groups =
             Command::new("find").args(["/sys/fs/cgroup", "-maxdepth", "3", "-name", &tag]).output()?;
         ensure!(groups.stdout.is_empty(), "{}", String::from_utf8_lossy(&groups.stdout));

@@ -302,7 +302,47 @@ fn isolation(stage: &mut Stage) -> Result<()> {
         let found = reaches(from, app, name)?;
         ensure!(found == BTreeSet::from([may]), "{} → {app}/{name}: {found:?}, not {may}", from.display());
     }
+    for from in [&web, &db] {
+        closed_to_containers(stage, from)?;
+    }
     way_out(stage, &web, &db)
+}
+
+/// A DNS question for `localhost A`, which every name server here answers by itself.
+const LOCALHOST_QUESTION: &[u8] =
+    b"\x47\x11\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x09localhost\x00\x00\x01\x00\x01";
+
+/// Where nodes listen for each other, and what each has for its own containers only.
+fn closed_to_containers(stage: &Stage, from: &PathBuf) -> Result<()> {
+    let own =
+        stage.lab.nodes.iter().position(|node| from.starts_with(&node.dir)).context("it runs on a node")?;
+    for (index, node) in stage.lab.nodes.iter().enumerate() {
+        let bridge = Ipv4Addr::new(10, 77, node.number, 1);
+        let mut doors = vec![(node.address, 7400), (bridge, 7400), (node.address, 7401), (bridge, 7401)];
+        if index != own {
+            doors.push((bridge, 53));
+        }
+        for door in doors {
+            let (stream, datagram) = netns::in_netns(from, move || {
+                let stream = std::net::TcpStream::connect_timeout(&door.into(), Duration::from_secs(1));
+                let socket = std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+                socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+                socket.connect(door)?;
+                socket.send(LOCALHOST_QUESTION)?;
+                Ok((stream.map(drop), socket.recv(&mut [0; 64])))
+            })?;
+            let is_refused = |error: &std::io::Error| error.kind() == std::io::ErrorKind::ConnectionRefused;
+            let says = format!("{} → {door:?}: {stream:?}, {datagram:?}", from.display());
+            ensure!(stream.is_err_and(|error| is_refused(&error)), "{says}");
+            // Said by a message of which the kernel sends one a second.
+            ensure!(datagram.is_err(), "{says}");
+        }
+        let links = node.inside(|| std::fs::read_to_string("/proc/thread-self/net/if_inet6"))?;
+        ensure!(!links.contains("tdv-"), "a container's link has an IPv6 address: {links}");
+    }
+    let links = netns::in_netns(from, || std::fs::read_to_string("/proc/thread-self/net/if_inet6"))?;
+    ensure!(!links.contains("eth0"), "a container has an IPv6 address: {links}");
+    Ok(())
 }
 
 fn way_out(stage: &Stage, web: &PathBuf, db: &PathBuf) -> Result<()> {

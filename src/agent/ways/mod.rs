@@ -2,14 +2,15 @@
 //!
 //! Input: addresses of connected peers, the cluster's settings, what peers offer. Output: routes, tunnels and their
 //! peers. It needs no leader: once the setting is known, each pair of nodes agrees by itself. A node that is not
-//! connected now keeps the way it had: its containers may serve on without a daemon.
+//! connected now keeps the way it had, when the way of all changes for a while: its containers may serve on without a
+//! daemon.
 //!
 //! Keys live in memory only, are made anew at each start, and after `encrypt_rotation` of cluster time.
 
 mod lanes;
 
 use super::worker::chain;
-use crate::model::{NodeId, StartId};
+use crate::model::{Condition, Node, NodeId, StartId};
 use crate::network::wireguard::{self, Slot, TunnelError};
 use crate::network::{Network, Reach};
 use crate::replica::{Handle, Lane, Offer, PeerFrame, WaysFrame};
@@ -31,6 +32,8 @@ const REPEAT_EVERY: Duration = Duration::from_secs(5);
 const WARM_UP: Duration = Duration::from_millis(300);
 /// What was sent before the change may still be on its way.
 const LINGER: Duration = Duration::from_secs(2);
+/// For a member that isn't connected and not known to be down: its containers may serve on while its daemon is replaced.
+const ABSENT_LINGER: Duration = Duration::from_secs(90);
 const OFFERS_MAX: usize = 4;
 const OBSTACLE_LETTERS_MAX: usize = 300;
 
@@ -89,6 +92,15 @@ pub struct WaysKeeper {
     pub replica: Handle,
 }
 
+/// What the network was told last.
+#[derive(Clone, PartialEq)]
+struct Applied {
+    reaches: BTreeMap<u8, Reach>,
+    members: BTreeSet<u8>,
+    floating: BTreeSet<Ipv4Addr>,
+    is_clear_allowed: bool,
+}
+
 /// What the last rounds came to: nothing is done twice.
 struct Last {
     /// Before the setting is known, what an earlier run has made stays.
@@ -98,7 +110,7 @@ struct Last {
     told: BTreeMap<Expected, Ipv4Addr>,
     /// Since when each peer has been ready, by tunnel.
     ready: BTreeMap<(NodeId, Slot), Instant>,
-    applied: Option<(Instant, BTreeMap<u8, Reach>, BTreeSet<u8>, bool)>,
+    applied: Option<(Instant, Applied)>,
     frames: BTreeMap<NodeId, (Instant, WaysFrame)>,
     rolled_since: Option<Instant>,
     has_tidied: bool,
@@ -140,7 +152,7 @@ impl WaysKeeper {
             self.warm_up(&state, &mut last, now).await;
             self.apply(&state, &mut last, now).await;
             self.tell_peers(&mut last, now);
-            if self.finish(&mut last, now).await {
+            if self.finish(&state, &mut last, now).await {
                 // Nothing in clear is taken any more.
                 continue;
             }
@@ -288,19 +300,22 @@ impl WaysKeeper {
             // A node that can't encrypt where it should sends nothing rather than in clear.
             (reaches, last.is_clear_wanted || lanes.takes_clear())
         };
-        let members: BTreeSet<u8> = state.nodes.rows().map(|node| node.number).collect();
-        let is_due = last.applied.as_ref().is_none_or(|(at, old, old_members, was_allowed)| {
-            *old != reaches
-                || *old_members != members
-                || *was_allowed != is_clear_allowed
-                || now.duration_since(*at) >= RENEW_EVERY
-        });
-        if !is_due {
+        let wanted = Applied {
+            reaches,
+            members: state.nodes.rows().map(|node| node.number).collect(),
+            floating: state.addresses.rows().map(|row| row.address).collect(),
+            is_clear_allowed,
+        };
+        let is_current =
+            |(at, old): &(Instant, Applied)| *old == wanted && now.duration_since(*at) < RENEW_EVERY;
+        if last.applied.as_ref().is_some_and(is_current) {
             return;
         }
-        let (network, wanted, all) = (self.network.clone(), reaches.clone(), members.clone());
-        match smol::unblock(move || network.set_peers(&wanted, &all, is_clear_allowed)).await {
-            Ok(()) => last.applied = Some((now, reaches, members, is_clear_allowed)),
+        let (network, ways) = (self.network.clone(), wanted.clone());
+        let set =
+            move || network.set_peers(&ways.reaches, &ways.members, &ways.floating, ways.is_clear_allowed);
+        match smol::unblock(set).await {
+            Ok(()) => last.applied = Some((now, wanted)),
             Err(error) => warn!(error = chain(&error), "ways to other nodes"),
         }
     }
@@ -322,9 +337,13 @@ impl WaysKeeper {
     }
 
     /// Gives up the old lane when everybody who is there has changed; whether it did now.
-    async fn finish(&self, last: &mut Last, now: Instant) -> bool {
+    async fn finish(&self, state: &State, last: &mut Last, now: Instant) -> bool {
         let present: BTreeSet<NodeId> =
             self.transport.connections().into_keys().filter(|node| *node != self.own).collect();
+        let is_absent = |node: &&Node| {
+            node.condition == Condition::Up && node.id != self.own && !present.contains(&node.id)
+        };
+        let has_absent = state.nodes.rows().any(|node| is_absent(&node));
         let (waits_for, has_begun) = {
             let lanes = lock(&self.ways.lanes);
             (lanes.waits_for(&present), lanes.wanted().is_some())
@@ -335,7 +354,7 @@ impl WaysKeeper {
             return false;
         }
         let since = *last.rolled_since.get_or_insert(now);
-        if now.duration_since(since) < LINGER {
+        if now.duration_since(since) < if has_absent { ABSENT_LINGER } else { LINGER } {
             return false;
         }
         let (ended, keep, lane) = {

@@ -48,6 +48,7 @@ enum Action {
     Label(Label),
     Rm(Rm),
     RecoverKey(RecoverKey),
+    RecoveryKey(RecoveryKey),
     Flash(Flash),
 }
 
@@ -161,6 +162,12 @@ struct Rm {
 #[argh(example = "sudo tinydc node recover-key")]
 struct RecoverKey {}
 
+/// Print the recovery key of the cluster that this machine founded by itself (`bootstrap = true`), until it restarts.
+#[derive(FromArgs)]
+#[argh(subcommand, name = "recovery-key", help_triggers("-h", "--help"))]
+#[argh(example = "sudo tinydc node recovery-key")]
+struct RecoveryKey {}
+
 impl Node {
     /// `Some`: this is `node run`, which is no client.
     pub fn run_options(&self, globals: &Globals) -> Option<RunOptions> {
@@ -229,6 +236,10 @@ impl Node {
                         ));
                     }
                 })
+            }
+            Action::RecoveryKey(_) => {
+                let reply: RecoverRequest = client.read("/v1/recovery-key").await?;
+                session.show(&reply, |reply| print_line(&reply.recovery_key))
             }
             Action::Rm(Rm { name, force }) => {
                 let query = if force { "?force=true" } else { "" };

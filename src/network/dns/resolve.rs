@@ -88,9 +88,13 @@ struct PortWish<'q> {
 }
 
 pub fn resolve(zone: &Zone, asker: Ipv4Addr, question: &Question) -> Answer {
-    let is_inner = zone.table.clients.get(&asker).is_some_and(|client| client.is_inner);
     match look_up(zone, asker, question) {
-        Answer::Elsewhere if is_inner => Answer::Refused,
+        Answer::Elsewhere => match asker_at(zone, asker) {
+            Asker::Container(client) if client.is_inner => Answer::Refused,
+            // It may be one without a way out.
+            Asker::Unknown => Answer::TooEarly,
+            Asker::Container(_) | Asker::Host => Answer::Elsewhere,
+        },
         answer => answer,
     }
 }

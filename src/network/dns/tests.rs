@@ -183,10 +183,8 @@ fn the_node_itself_sees_full_names_of_all() {
 /// Its first question may be faster than the table; a lasting "no such name" would be wrong.
 #[test]
 fn a_container_not_yet_listed_is_asked_to_come_again() {
-    for (name, wanted) in
-        [("web", "early"), ("web.shop.tinydc.internal", "early"), ("web.shop", "up"), ("example.org", "up")]
-    {
-        assert_eq!(short("10.77.1.99", name, kind::A), wanted, "{name}");
+    for name in ["web", "web.shop.tinydc.internal", "web.shop", "example.org"] {
+        assert_eq!(short("10.77.1.99", name, kind::A), "early", "{name}");
     }
 }
 

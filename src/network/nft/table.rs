@@ -86,21 +86,35 @@ pub struct Wanted {
     pub local: BTreeSet<Ipv4Addr>,
 }
 
+/// Where the other nodes are.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Places {
+    /// From where containers may be reached as from inside.
+    pub peers: BTreeSet<Ipv4Addr>,
+    /// Containers' networks whose packets come encrypted or not at all.
+    pub sealed: BTreeSet<Ipv4Addr>,
+    /// Where other nodes listen for peers and clients: closed to containers, who would come there as this node.
+    pub doors: BTreeSet<Ipv4Addr>,
+}
+
+impl Places {
+    fn sets(&self) -> [(&'static str, &BTreeSet<Ipv4Addr>); 3] {
+        [("peers", &self.peers), ("sealed", &self.sealed), ("doors", &self.doors)]
+    }
+}
+
 /// The table as this run has made it.
 pub struct Table {
     shape: Shape,
     applied: Option<Wanted>,
-    /// The nodes' own addresses on the LAN.
-    peers: BTreeSet<Ipv4Addr>,
-    /// Containers' networks whose packets come encrypted or not at all.
-    sealed: BTreeSet<Ipv4Addr>,
+    places: Places,
     /// The kernel can hash; without it pinned services are balanced as the others are.
     has_hash: bool,
 }
 
 impl Table {
     pub fn new(shape: Shape) -> Table {
-        Table { shape, applied: None, peers: BTreeSet::new(), sealed: BTreeSet::new(), has_hash: true }
+        Table { shape, applied: None, places: Places::default(), has_hash: true }
     }
 
     /// Brings the kernel's table to `wanted`.
@@ -128,26 +142,17 @@ impl Table {
         Ok(())
     }
 
-    /// Tells where the other nodes are, from where containers may be reached as from inside, and which networks are
-    /// sealed.
-    pub fn set_peers(
-        &mut self,
-        socket: &Socket,
-        peers: BTreeSet<Ipv4Addr>,
-        sealed: BTreeSet<Ipv4Addr>,
-    ) -> io::Result<()> {
-        if self.applied.is_some() && (peers != self.peers || sealed != self.sealed) {
+    /// Tells where the other nodes are.
+    pub fn set_places(&mut self, socket: &Socket, places: Places) {
+        if self.applied.is_some() && places != self.places {
             let mut change = Transaction::new();
-            put_addresses(&mut change, "peers", &self.peers, &peers);
-            put_addresses(&mut change, "sealed", &self.sealed, &sealed);
+            put_places(&mut change, &self.places, &places);
             if change.commit(socket).is_err() {
                 // Made anew with the next change.
                 self.applied = None;
             }
         }
-        self.peers = peers;
-        self.sealed = sealed;
-        Ok(())
+        self.places = places;
     }
 
     fn replace(&self, socket: &Socket, wanted: &Wanted) -> io::Result<()> {
@@ -160,9 +165,9 @@ impl Table {
         self.make_masquerading(&mut all);
         self.make_isolation(&mut all);
         self.make_filters(&mut all);
+        self.make_local_filters(&mut all);
         put_changes(&mut all, &Wanted::default(), wanted);
-        put_addresses(&mut all, "peers", &BTreeSet::new(), &self.peers);
-        put_addresses(&mut all, "sealed", &BTreeSet::new(), &self.sealed);
+        put_places(&mut all, &Places::default(), &self.places);
         all.commit(socket)
     }
 
@@ -271,12 +276,23 @@ impl Table {
         all.rule("isolate", |rule| {
             rule.was_dnat().original_destination_in(shape.vips, false).return_();
         });
-        // Nodes themselves have the addresses that end in 0 and 1.
-        for side in [Side::Source, Side::Destination] {
-            all.rule("isolate", |rule| {
-                side.address(rule, 8).mask(8, &[0, 0, 0, 254]).compare(8, true, &[0; 4]).return_();
-            });
-        }
+        // Nodes themselves have the addresses that end in 0 and 1. They may come to containers, who answer them and begin
+        // nothing: what another node has for its own containers is not for those of this one.
+        let is_node = |side: Side, rule: &mut Expressions<'_>| {
+            side.address(rule, 8).mask(8, &[0, 0, 0, 254]).compare(8, true, &[0; 4]);
+        };
+        all.rule("isolate", |rule| {
+            is_node(Side::Source, rule);
+            rule.return_();
+        });
+        all.rule("isolate", |rule| {
+            is_node(Side::Destination, rule);
+            rule.is_new().jump("refuse");
+        });
+        all.rule("isolate", |rule| {
+            is_node(Side::Destination, rule);
+            rule.return_();
+        });
         all.rule("isolate", |rule| {
             rule.jump("refuse");
         });
@@ -302,6 +318,17 @@ impl Table {
         all.rule("forward", |rule| {
             rule.source_in(shape.cluster, true).destination_in(shape.cluster, true).jump("isolate");
         });
+        for protocol in [TCP, UDP] {
+            for port in &shape.own_ports {
+                all.rule("forward", |rule| {
+                    rule.source_in(shape.node, true)
+                        .destination(8)
+                        .is_in_set("doors", 8)
+                        .is_protocol(protocol);
+                    rule.destination_port(8).compare(8, true, &port.to_be_bytes()).jump("refuse");
+                });
+            }
+        }
         all.rule("forward", |rule| {
             rule.source(8).is_in_set("inner", 8).destination_in(shape.cluster, false).jump("refuse");
         });
@@ -316,6 +343,11 @@ impl Table {
             rule.destination_in(shape.cluster, true).source_in(shape.cluster, false);
             rule.source(8).is_not_in_set("peers", 8).is_new().was_not_dnat().jump("refuse");
         });
+    }
+
+    /// What comes to this node itself, and what it sends.
+    fn make_local_filters(&self, all: &mut Transaction) {
+        let shape = &self.shape;
         all.base_chain("output", "filter", 3, 0);
         all.rule("output", |rule| {
             rule.destination_in(shape.vips, true).jump("refuse");
@@ -324,7 +356,7 @@ impl Table {
         for protocol in [TCP, UDP] {
             for port in &shape.own_ports {
                 all.rule("input", |rule| {
-                    rule.source_in(shape.node, true).input_link("lo", false).is_protocol(protocol);
+                    rule.source_in(shape.cluster, true).input_link("lo", false).is_protocol(protocol);
                     rule.destination_port(8).compare(8, true, &port.to_be_bytes()).jump("refuse");
                 });
             }
@@ -378,6 +410,7 @@ fn make_sets(all: &mut Transaction) {
     all.set("inner", &[TYPE_ADDRESS]);
     all.set("peers", &[TYPE_ADDRESS]);
     all.set("sealed", &[TYPE_ADDRESS]);
+    all.set("doors", &[TYPE_ADDRESS]);
     all.set("local", &[TYPE_ADDRESS, TYPE_ADDRESS]);
     all.set("held", &[TYPE_PROTOCOL, TYPE_SERVICE]);
     all.set("held_at", &[TYPE_ADDRESS, TYPE_PROTOCOL, TYPE_SERVICE]);
@@ -469,6 +502,12 @@ fn put_set<T: Ord>(
     let elements = |rows: Vec<&T>| rows.into_iter().map(|row| (key(row), Vec::new())).collect::<Vec<_>>();
     change.remove(name, &elements(old.difference(new).collect()));
     change.add(name, &elements(new.difference(old).collect()));
+}
+
+fn put_places(change: &mut Transaction, old: &Places, new: &Places) {
+    for ((name, old), (_, new)) in old.sets().into_iter().zip(new.sets()) {
+        put_addresses(change, name, old, new);
+    }
 }
 
 fn put_addresses(change: &mut Transaction, name: &str, old: &BTreeSet<Ipv4Addr>, new: &BTreeSet<Ipv4Addr>) {
