@@ -36,6 +36,7 @@ impl View<'_> {
             instances += 1;
         }
         let heard = self.status.heard.get(&node.id);
+        let health = heard.map(|heard| heard.health).unwrap_or_default();
         NodeBody {
             id: node.id.to_string(),
             name: node.name.clone(),
@@ -54,6 +55,14 @@ impl View<'_> {
             silent_ms: self.status.silent_ms.get(&node.id).copied(),
             joined_at: node.joined_at.to_string(),
             only_copies: self.state.only_copies(node.id),
+            troubles: health.troubles.iter().map(|trouble| trouble.code().into()).collect(),
+            temperature_celsius: health.temperature_celsius,
+            disk: health.disk.map(|disk| DiskBody {
+                size_bytes: disk.disk_bytes,
+                written_today_bytes: disk.written_today_bytes,
+                written_bytes: disk.written_bytes,
+                days_left: disk.days_left(settings.disk_endurance),
+            }),
         }
     }
 

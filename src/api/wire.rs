@@ -146,6 +146,25 @@ pub struct NodeBody {
     pub joined_at: String,
     /// Volumes and images that exist nowhere else.
     pub only_copies: Vec<String>,
+    /// `hot`, `throttled`, `under_voltage`, `disk_errors`, `disk_read_only`, `no_memory_limits`.
+    #[serde(default)]
+    pub troubles: Vec<String>,
+    /// Of its hottest processor sensor.
+    pub temperature_celsius: Option<i16>,
+    /// That holds its data directory.
+    pub disk: Option<DiskBody>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskBody {
+    pub size_bytes: u64,
+    /// By whomever on that machine, since midnight UTC.
+    pub written_today_bytes: u64,
+    /// Since tinydc was installed there.
+    pub written_bytes: u64,
+    /// At the rate so far, if it may be written over as often as the setting `disk_endurance` says; `None` in the first
+    /// hour.
+    pub days_left: Option<u64>,
 }
 
 /// `GET /v1/apps`.

@@ -4,7 +4,7 @@
 //! new leader judges by the table it already has.
 
 use super::Now;
-use crate::model::{Condition, Mono, Node, NodeId, StartId, Timestamp};
+use crate::model::{Condition, MachineHealth, Mono, Node, NodeId, StartId, Timestamp};
 use crate::planner::addresses::SUSPECTED_AFTER_MS;
 use crate::planner::{Heard, HeardNodes};
 use crate::state::{Command, State};
@@ -21,6 +21,9 @@ const LATE_TICK_MS: u64 = 500;
 const GRACE_AFTER_PAUSE_MS: u64 = 3_000;
 /// A clean stop announced itself: nothing moves for this long.
 const CLEAN_STOP_MS: u64 = 60_000;
+const TROUBLE_BEGINS_MS: u64 = 10_000;
+/// One that comes and goes is there.
+const TROUBLE_ENDS_MS: u64 = 30 * 60_000;
 const FSYNC_STALLED_MS: u64 = 10_000;
 const FSYNC_LOST_MS: u64 = 30_000;
 
@@ -44,11 +47,14 @@ pub struct Figures {
     pub is_disk_full: bool,
     /// Which floating addresses it could hold: a bit for each, in the order of the state.
     pub holdable: u16,
+    pub health: MachineHealth,
 }
 
 struct LastHeard {
     at: Mono,
     alive: Alive,
+    /// Since when it has told the same troubles.
+    troubles_since: Mono,
 }
 
 pub struct Liveness {
@@ -89,7 +95,7 @@ impl Liveness {
             .get(&from)
             .is_some_and(|last| last.alive.start_id == alive.start_id && last.alive.seq >= alive.seq);
         if from != self.own && !is_old {
-            self.heard.insert(from, LastHeard { at: now, alive });
+            self.note(from, now, alive);
             self.greet(from, alive.start_id, now);
         }
     }
@@ -106,7 +112,7 @@ impl Liveness {
         }
         self.last_tick = now.mono;
         let own = Alive { start_id: self.start_id, seq: self.seq, figures, wall: now.wall };
-        self.heard.insert(self.own, LastHeard { at: now.mono, alive: own });
+        self.note(self.own, now.mono, own);
         if self.sent_at.is_some_and(|sent| now.mono.since_ms(sent) < ALIVE_EVERY_MS) {
             return None;
         }
@@ -115,11 +121,34 @@ impl Liveness {
         Some(Alive { seq: self.seq, ..own })
     }
 
-    /// A leader's commands: who is down, who is back.
+    fn note(&mut self, from: NodeId, now: Mono, alive: Alive) {
+        let troubles = alive.figures.health.troubles;
+        let same = self.heard.get(&from).filter(|last| last.alive.figures.health.troubles == troubles);
+        let troubles_since = same.map_or(now, |last| last.troubles_since);
+        self.heard.insert(from, LastHeard { at: now, alive, troubles_since });
+    }
+
+    /// What the state is to say of a node's troubles. One that comes and goes is written down twice an hour at most.
+    fn news_of_troubles(&self, node: &Node, now: Mono) -> Option<Command> {
+        let last = self.heard.get(&node.id).filter(|last| now.since_ms(last.at) < LOST_AFTER_MS)?;
+        let told = last.alive.figures.health.troubles;
+        let steady_ms = now.since_ms(last.troubles_since);
+        let is_new = told.with(node.troubles) != node.troubles;
+        let is_due = match is_new {
+            true => steady_ms >= TROUBLE_BEGINS_MS,
+            false => told != node.troubles && steady_ms >= TROUBLE_ENDS_MS,
+        };
+        // Until it has ended for good the old one stays beside the new.
+        let troubles = if is_new { told.with(node.troubles) } else { told };
+        is_due.then_some(Command::NoteTroubles { node: node.id, troubles })
+    }
+
+    /// A leader's commands: who is down, who is back, who has troubles.
     pub fn verdicts(&self, state: &State, now: Mono, cluster_time: Timestamp) -> Vec<Command> {
         let mut commands = Vec::new();
         for node in state.nodes.rows() {
             let is_lost = self.is_lost(node, now, cluster_time);
+            commands.extend(self.news_of_troubles(node, now));
             match node.condition {
                 Condition::Up if is_lost && now >= self.trusted_from => {
                     commands.push(Command::MarkNodeDown { node: node.id, start_id: node.start_id });
@@ -177,6 +206,7 @@ impl Liveness {
                     memory_available_bytes: figures.memory_available_bytes,
                     is_disk_stalled: figures.fsync_age_ms >= FSYNC_STALLED_MS,
                     is_disk_full: figures.is_disk_full,
+                    health: figures.health,
                 };
                 (*id, heard)
             })
@@ -213,6 +243,7 @@ impl Liveness {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Trouble;
     use crate::state::testing::Applier;
 
     /// Node 2 stopped cleanly; its later runs, as node 1 sees them.
@@ -243,5 +274,26 @@ mod tests {
     #[test]
     fn a_run_that_came_after_a_clean_stop_and_fell_silent_is_lost() {
         assert!(lost(&[(StartId(77), 300)], 10_000));
+    }
+
+    #[test]
+    fn a_trouble_that_comes_and_goes_is_written_down_once() {
+        let mut applier = Applier::with_nodes(2);
+        let mut liveness = Liveness::new(NodeId(1), StartId(1), Mono(0));
+        let mut written = 0;
+        for second in 0..7200u64 {
+            let mut figures = Figures::default();
+            // On and off every minute for an hour, and then off.
+            figures.health.troubles.set(Trouble::Throttled, second < 3600 && second % 120 < 60);
+            let alive = Alive { start_id: StartId(2), seq: second, figures, wall: None };
+            liveness.hear(NodeId(2), alive, Mono(0).plus_ms(second * 1000));
+            let node = applier.state.nodes.find(&NodeId(2)).expect("it is a member").clone();
+            let news = liveness.news_of_troubles(&node, Mono(0).plus_ms(second * 1000));
+            written += usize::from(news.is_some());
+            news.map(|command| applier.must(command));
+            let is_known = applier.state.nodes.find(&NodeId(2)).is_some_and(|node| !node.troubles.is_empty());
+            assert_eq!(is_known, (10..3540 + 1800).contains(&second), "after {second} s");
+        }
+        assert_eq!(written, 2);
     }
 }

@@ -40,6 +40,11 @@ impl Space {
     }
 }
 
+/// Whether the file system below a folder takes no writes.
+pub fn is_read_only(folder: &Path) -> bool {
+    rustix::fs::statvfs(folder).is_ok_and(|disk| disk.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,6 +3,7 @@
 //! Plain data without behaviour that could differ between nodes: no clock, no randomness, no I/O.
 
 pub mod artifact;
+pub mod health;
 pub mod ids;
 pub mod instance;
 pub mod limits;
@@ -14,6 +15,7 @@ pub mod spec;
 pub mod time;
 
 pub use artifact::{Artifact, ArtifactKind, Digest, DigestError};
+pub use health::{DiskWear, MachineHealth, Trouble, Troubles};
 pub use ids::{
     AppName, ClusterId, InstanceId, NodeId, PublicKey, RequestId, ServiceId, StartId, StoreId, TokenId,
 };

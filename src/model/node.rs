@@ -1,5 +1,6 @@
 //! A node as all nodes know it.
 
+use super::health::Troubles;
 use super::ids::{NodeId, PublicKey, StartId, StoreId};
 use super::time::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -88,4 +89,6 @@ pub struct Node {
     /// tinydc's version on it.
     pub software: String,
     pub version: u64,
+    /// What it has told of itself for a while; others are preferred for new instances.
+    pub troubles: Troubles,
 }

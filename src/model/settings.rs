@@ -41,6 +41,8 @@ pub struct Settings {
     pub acme_email: String,
     /// The secret that holds the authority's own root; empty for those that browsers trust.
     pub acme_ca: String,
+    /// How many times a disk may be written over.
+    pub disk_endurance: u32,
 }
 
 /// The production service of Let's Encrypt.
@@ -61,6 +63,7 @@ impl Default for Settings {
             acme_directory: LETS_ENCRYPT.into(),
             acme_email: String::new(),
             acme_ca: String::new(),
+            disk_endurance: 300,
         }
     }
 }
@@ -81,7 +84,7 @@ pub enum SettingError {
     BadValue { key: String, value: String, expected: &'static str },
 }
 
-const KEYS: [(&str, &str); 11] = [
+const KEYS: [(&str, &str); 12] = [
     ("timers", "card: for SD cards; fast: for SSDs, a leader is replaced within a second"),
     ("default_memory", "memory reserved for an instance that reserves none (MiB)"),
     ("default_cpu", "CPU reserved for an instance that reserves none (thousandths of a core)"),
@@ -93,6 +96,7 @@ const KEYS: [(&str, &str); 11] = [
     ("acme_directory", "the authority that certificates for tls=acme are ordered from"),
     ("acme_email", "where that authority may write to"),
     ("acme_ca", "the secret that holds the root of that authority, if browsers do not trust it"),
+    ("disk_endurance", "how many times a card or disk may be written over: its rated terabytes by its size"),
 ];
 
 impl Settings {
@@ -123,6 +127,7 @@ impl Settings {
             "acme_directory" => self.acme_directory.clone(),
             "acme_email" => self.acme_email.clone(),
             "acme_ca" => self.acme_ca.clone(),
+            "disk_endurance" => self.disk_endurance.to_string(),
             _ => self.insecure_registries.join(","),
         }
     }
@@ -156,6 +161,9 @@ impl Settings {
             "encrypt" => self.is_encrypted = value.parse().map_err(|_| bad("true or false"))?,
             "encrypt_rotation" => {
                 self.encrypt_rotation_s = number(10..=31_536_000, "seconds, 10 to 31536000")?;
+            }
+            "disk_endurance" => {
+                self.disk_endurance = number(1..=100_000, "times, 1 to 100000")? as u32;
             }
             "acme_directory" | "acme_email" | "acme_ca" => {
                 self.set_acme(key, value).map_err(bad)?;

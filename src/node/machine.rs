@@ -1,5 +1,6 @@
 //! What the machine is and has: size, name, fingerprint, and the figures of the moment.
 
+use super::health::HealthWatch;
 use crate::control::Figures;
 use crate::linux::disk::Space;
 use crate::model::{NodeSize, Timestamp};
@@ -67,11 +68,12 @@ pub struct Gauge {
     data_dir: PathBuf,
     last: Mutex<Option<(Instant, Figures)>>,
     holdable: Arc<AtomicU16>,
+    health: Arc<HealthWatch>,
 }
 
 impl Gauge {
-    pub fn new(data_dir: PathBuf, holdable: Arc<AtomicU16>) -> Gauge {
-        Gauge { data_dir, last: Mutex::new(None), holdable }
+    pub fn new(data_dir: PathBuf, holdable: Arc<AtomicU16>, health: Arc<HealthWatch>) -> Gauge {
+        Gauge { data_dir, last: Mutex::new(None), holdable, health }
     }
 
     pub fn read(&self) -> Figures {
@@ -89,6 +91,7 @@ impl Gauge {
             memory_available_bytes: meminfo("MemAvailable:").unwrap_or(0),
             is_disk_full: Space::of(&self.data_dir).is_some_and(Space::is_low),
             holdable: self.holdable.load(Ordering::Relaxed),
+            health: self.health.health(),
         };
         *last = Some((Instant::now(), figures));
         figures

@@ -1,5 +1,6 @@
 //! A member's run: transport, replica, agent, API, in this order; stopped in reverse.
 
+use super::health::HealthWatch;
 use super::outgoing::{Carrier, Late, from_bytes};
 use super::{Awaiting, Config, Ended, Stop, founding, machine};
 use crate::agent::{
@@ -61,6 +62,7 @@ struct Run<'a> {
     server: Arc<OnceLock<Server>>,
     tasks: Vec<Task<()>>,
     holdable: Arc<AtomicU16>,
+    health: Arc<HealthWatch>,
     ended: async_channel::Receiver<Ended>,
     end: async_channel::Sender<Ended>,
 }
@@ -154,7 +156,9 @@ impl<'a> Run<'a> {
         let carrier =
             Carrier { transport: transport.clone(), executor: executor.clone(), late: late.clone(), halt };
         let holdable = Arc::new(AtomicU16::new(0));
-        let replica = start_replica(&data_dir, node, start_id, carrier, holdable.clone())?;
+        let health = HealthWatch::start(&data_dir);
+        let replica =
+            start_replica(&data_dir, (node, start_id), carrier, (holdable.clone(), health.clone()))?;
         // Before anyone is greeted: a greeting without the log's end would look like an old backup.
         if let Some(status) = async_io::block_on(replica.handle().status()) {
             transport.set_position(status.term, status.last_index);
@@ -191,6 +195,7 @@ impl<'a> Run<'a> {
             server,
             tasks,
             holdable,
+            health,
             ended,
             end,
         })
@@ -267,6 +272,7 @@ impl<'a> Run<'a> {
         }));
         let leases = keep_leases(self.node, self.start_id, ground.clone(), self.replica.handle().clone());
         self.tasks.push(self.executor.spawn(leases));
+        self.tasks.push(self.executor.spawn(self.health.clone().run()));
         let (leave, leaving) = async_channel::bounded(1);
         let api_listen = self.config.api_listen();
         let backend = Arc::new(Backend {
@@ -410,8 +416,12 @@ impl<'a> Run<'a> {
         for task in self.tasks {
             task.cancel().await;
         }
-        let replica = self.replica;
-        smol::unblock(move || replica.stop()).await;
+        let (replica, health) = (self.replica, self.health);
+        smol::unblock(move || {
+            health.keep();
+            replica.stop();
+        })
+        .await;
     }
 }
 
@@ -451,13 +461,12 @@ fn transport_config(
 
 fn start_replica(
     data_dir: &std::path::Path,
-    node: NodeId,
-    start_id: StartId,
+    (node, start_id): (NodeId, StartId),
     carrier: Carrier,
-    holdable: Arc<AtomicU16>,
+    (holdable, health): (Arc<AtomicU16>, Arc<HealthWatch>),
 ) -> Result<Replica> {
     let store = SqliteStore::open(data_dir)?;
-    let gauge = machine::Gauge::new(data_dir.into(), holdable);
+    let gauge = machine::Gauge::new(data_dir.into(), holdable, health);
     let is_founding = founding::pending_founding(data_dir).is_some();
     let config = ReplicaConfig {
         control: ControlConfig { node, start_id, seed: start_id.0 as u64 },

@@ -5,6 +5,7 @@
 
 mod config;
 mod founding;
+mod health;
 mod machine;
 mod member;
 mod outgoing;

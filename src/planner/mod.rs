@@ -17,7 +17,7 @@ mod tests;
 
 pub use reasons::{pending_reason, waits_for};
 
-use crate::model::{NodeId, Timestamp};
+use crate::model::{MachineHealth, NodeId, Timestamp};
 use crate::state::{PlanStep, State};
 use std::collections::BTreeMap;
 
@@ -29,6 +29,7 @@ pub struct Heard {
     pub is_disk_stalled: bool,
     /// Free space is below the mark: nothing new goes there.
     pub is_disk_full: bool,
+    pub health: MachineHealth,
 }
 
 pub type HeardNodes = BTreeMap<NodeId, Heard>;

@@ -133,7 +133,7 @@ impl<'a> Ledger<'a> {
                 let reserved = promise.map_or(0, |promise| promise.memory_bytes);
                 // Thousandths of the node's memory, so that boards of different size fill alike.
                 let filled = reserved.saturating_mul(1000) / node.size.memory_bytes.max(1);
-                (same_label, same, filled, node.id)
+                (same_label, !node.troubles.is_empty(), same, filled, node.id)
             },
         )
     }

@@ -61,6 +61,22 @@ fn instances_spread_over_nodes() {
 }
 
 #[test]
+fn a_troubled_node_is_taken_when_there_is_no_other() {
+    let mut applier = Applier::with_nodes(3);
+    let mut troubles = Troubles::default();
+    troubles.set(Trouble::UnderVoltage, true);
+    applier.must(Command::NoteTroubles { node: NodeId(1), troubles });
+    applier.deploy("shop", &[("web", ServiceSpec { replicas: 4, ..spec("1") })]);
+    settle(&mut applier, Phase::Running);
+    assert_eq!(by_node(&applier), BTreeMap::from([(2, 2), (3, 2)]));
+    for node in [2, 3] {
+        applier.must(Command::DrainNode { node: NodeId(node), is_drained: true });
+    }
+    settle(&mut applier, Phase::Running);
+    assert_eq!(by_node(&applier), BTreeMap::from([(1, 4)]));
+}
+
+#[test]
 fn a_dead_node_s_instances_move_and_pinned_ones_wait() {
     let mut applier = Applier::with_nodes(3);
     let data = MountSpec {

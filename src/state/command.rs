@@ -212,6 +212,11 @@ pub enum Command {
     RemoveChallenges {
         tokens: Vec<String>,
     },
+    /// What a node has told of its machine for a while.
+    NoteTroubles {
+        node: NodeId,
+        troubles: Troubles,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

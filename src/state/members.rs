@@ -101,6 +101,7 @@ fn add_node(state: &mut State, join: &JoinNode) -> Result<(NodeId, String), Reje
         joined_at: state.time(),
         software: join.software.clone(),
         version: 1,
+        troubles: Troubles::default(),
     };
     state.nodes.put(id, node);
     Ok((id, name))
@@ -286,6 +287,22 @@ pub fn mark_up(state: &mut State, id: NodeId, start_id: StartId) -> Outcome {
         node.version += 1;
     });
     state.note("node_up", name.clone(), format!("{name} is back"));
+    Ok(Reply::Done)
+}
+
+pub fn note_troubles(state: &mut State, id: NodeId, troubles: Troubles) -> Outcome {
+    let node = state.existing_node(id)?;
+    let (name, old) = (node.name.clone(), node.troubles);
+    if old == troubles {
+        return Err(Rejection::Stale);
+    }
+    state.nodes.update(&id, |node| node.troubles = troubles);
+    for trouble in troubles.iter().filter(|trouble| !old.has(*trouble)) {
+        state.note("node_troubled", name.clone(), format!("{name}: {}", trouble.text()));
+    }
+    for trouble in old.iter().filter(|trouble| !troubles.has(*trouble)) {
+        state.note("node_recovered", name.clone(), format!("{name} is no longer {}", trouble.code()));
+    }
     Ok(Reply::Done)
 }
 

@@ -224,7 +224,7 @@ fn a_context_finds_the_node_that_answers_and_remembers_the_others() {
     let node = r#"{"id":"n2","name":"pi2","state":"up","role":"voter","address":"127.0.0.9","architecture":"arm64",
         "cpu_millis":1,"memory_bytes":1,"memory_available_bytes":null,"reserved_cpu_millis":0,
         "reserved_memory_bytes":0,"instances":0,"labels":{},"software":"1","silent_ms":null,"joined_at":"t",
-        "only_copies":[]}"#;
+        "only_copies":[],"troubles":[],"temperature_celsius":null,"disk":null}"#;
     let (mut context, served) = serve_https(format!(r#"{{"applied_index":1,"nodes":[{node}]}}"#));
     let alive = context.file.addresses[0];
     // Nothing listens there: a port that was just given back.

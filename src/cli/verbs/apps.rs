@@ -190,6 +190,47 @@ fn print_cluster(status: &StatusBody) {
     print_line("");
     node_table(&status.nodes).print();
     print_line("");
+    if status.nodes.iter().any(|node| node.disk.is_some()) {
+        disk_table(&status.nodes).print();
+        print_line("");
+    }
+}
+
+/// The machines: how long their cards last, and how they are.
+fn disk_table(nodes: &[NodeBody]) -> Table {
+    let mut table = Table::new(&["NODE", "DISK", "WRITTEN TODAY", "SINCE INSTALL", "LASTS", "HEALTH"]);
+    for node in nodes {
+        let Some(disk) = &node.disk else { continue };
+        table.row([
+            (&node.name).into(),
+            size(disk.size_bytes).into(),
+            size(disk.written_today_bytes).into(),
+            size(disk.written_bytes).into(),
+            disk.days_left.map_or("known in an hour".into(), lasts).into(),
+            health(node),
+        ]);
+    }
+    table
+}
+
+pub fn lasts(days: u64) -> String {
+    match days {
+        0..=60 => count(days as usize, "day"),
+        61..=730 => format!("{} months", days / 30),
+        731..=18_262 => format!("{} years", days / 365),
+        _ => "over 50 years".into(),
+    }
+}
+
+fn health(node: &NodeBody) -> Cell {
+    let mut parts: Vec<String> =
+        node.temperature_celsius.map(|celsius| format!("{celsius} °C")).into_iter().collect();
+    parts.extend(node.troubles.iter().map(|code| code.replace('_', " ")));
+    match (parts.is_empty(), node.troubles.is_empty()) {
+        (true, _) => "good".into(),
+        (false, true) => format!("good, {}", parts.join(", ")).into(),
+        (false, false) => Cell::coloured(parts.join(", "), Colour::Yellow),
+    }
 }
 
 pub fn node_table(nodes: &[NodeBody]) -> Table {

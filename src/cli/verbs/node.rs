@@ -9,7 +9,7 @@ use argh::FromArgs;
 use hyper::Method;
 use serde_json::Value;
 
-use super::apps::node_table;
+use super::apps::{lasts, node_table};
 use crate::api::wire::{
     AcceptReply, AcceptRequest, LabelsRequest, NodeBody, PendingBody, RecoverReply, RecoverRequest,
 };
@@ -19,6 +19,7 @@ use crate::cli::figures::{age, cores, size};
 use crate::cli::table::{Cell, Table};
 use crate::cli::terminal::print_line;
 use crate::cli::{Session, by_code, usage};
+use crate::model::Trouble;
 use crate::node::RunOptions;
 
 /// The machine joins meanwhile; each of four that wait may be tried.
@@ -304,6 +305,12 @@ fn print_node(node: &NodeBody) {
         size(node.reserved_memory_bytes),
         node.memory_available_bytes.map_or("?".into(), size)
     );
+    let disk = node.disk.as_ref().map_or(String::new(), |disk| {
+        let lasts = disk.days_left.map_or(String::new(), |days| format!(", lasts {}", lasts(days)));
+        let (today, all) = (size(disk.written_today_bytes), size(disk.written_bytes));
+        format!("{}, {today} written today, {all} since install{lasts}", size(disk.size_bytes))
+    });
+    let temperature = node.temperature_celsius.map_or(String::new(), |celsius| format!("{celsius} °C"));
     let cpu = format!("{} cores, {} reserved", cores(node.cpu_millis), cores(node.reserved_cpu_millis));
     let lines = [
         ("name", node.name.clone()),
@@ -315,6 +322,8 @@ fn print_node(node: &NodeBody) {
         ("architecture", node.architecture.clone()),
         ("cpu", cpu),
         ("memory", memory),
+        ("disk", disk),
+        ("temperature", temperature),
         ("instances", node.instances.to_string()),
         ("labels", labels.join(" ")),
         ("software", node.software.clone()),
@@ -323,6 +332,11 @@ fn print_node(node: &NodeBody) {
     ];
     for (key, value) in lines.iter().filter(|(_, value)| !value.is_empty()) {
         print_line(&format!("{key:<13} {value}"));
+    }
+    let troubles =
+        Trouble::ALL.into_iter().filter(|trouble| node.troubles.iter().any(|code| code == trouble.code()));
+    for trouble in troubles {
+        print_line(&format!("{:<13} {}", "trouble", trouble.text()));
     }
 }
 
