@@ -317,6 +317,19 @@ impl Behaviour {
                 writer.write_all(b"bye")?;
                 return Ok(false);
             }
+            "/h2c" => {
+                writer.write_all(
+                    b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n",
+                )?;
+                return Ok(false);
+            }
+            "/two-lengths" => {
+                writer.write_all(
+                    b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n\
+                      5\r\nwhole\r\n0\r\n\r\n",
+                )?;
+                return Ok(true);
+            }
             "/head" => {
                 writer.write_all(whole(head).as_bytes())?;
                 return Ok(true);
