@@ -209,14 +209,13 @@ mod tests {
     use crate::model::NodeId;
     use crate::state::testing::{Applier, deploy, spec};
     use crate::state::{CertificateIssuer, Command, IssuedCertificate};
-    use std::sync::atomic::{AtomicU64, Ordering};
+    use zeroize::Zeroizing;
 
     const HOST: &str = "shop.test";
 
-    /// Puts a certificate into the state and its key where `open` finds it.
-    fn issue(applier: &mut Applier, keys: &Mutex<Vec<String>>) {
+    /// Puts a certificate into the state; its version and its key.
+    fn issue(applier: &mut Applier) -> (u64, String) {
         let made = rcgen::generate_simple_self_signed([HOST.to_string()]).unwrap();
-        lock(keys).push(made.signing_key.serialize_pem());
         let issued = IssuedCertificate {
             issuer: CertificateIssuer::Cluster,
             chain_pem: made.cert.pem(),
@@ -226,6 +225,7 @@ mod tests {
             version: 0,
         };
         applier.must(Command::PutCertificate { host: HOST.into(), issued: Box::new(issued) });
+        (applier.index, made.signing_key.serialize_pem())
     }
 
     /// Follows until what is shown has this version.
@@ -249,35 +249,36 @@ mod tests {
         web.labels.insert("tinydc.http.host".into(), HOST.into());
         web.labels.insert("tinydc.http.tls".into(), "cluster".into());
         applier.must(deploy("shop", &[("web", web)]));
-        let keys = Arc::new(Mutex::new(Vec::<String>::new()));
-        let versions_to_be_had = Arc::new(AtomicU64::new(1));
-        let (own_keys, own_versions) = (keys.clone(), versions_to_be_had.clone());
+        // What the holder of the cluster key hands out.
+        let handed = Arc::new(Mutex::new((0, String::new())));
+        let own = handed.clone();
         let open = Box::new(move |_: &Sealed| {
-            let version = own_versions.load(Ordering::Relaxed);
-            let key = lock(&own_keys)[version as usize - 1].clone();
-            Ok(Opened { version, bytes: key.into_bytes() })
+            let (version, key) = lock(&own).clone();
+            Ok(Opened { version, bytes: Zeroizing::new(key.into_bytes()) })
         });
         let secrets = Arc::new(Secrets::new(NodeId(1), std::path::Path::new("/nowhere"), open));
         let executor = Arc::new(Executor::new());
         let mut certificates = Certificates::new(secrets, executor.clone());
         let (given, views) = certificates.follow(&applier.state, Instant::now(), || {});
         assert!(given.is_empty() && views[0].problem.as_deref() == Some("it is being ordered"), "{views:?}");
-        issue(&mut applier, &keys);
-        shown(&mut certificates, &executor, &applier.state, 1);
-        // The next one's key is not to be had yet.
-        issue(&mut applier, &keys);
+        let first = issue(&mut applier);
+        lock(&handed).clone_from(&first);
+        shown(&mut certificates, &executor, &applier.state, first.0);
+        // Forgotten and issued again between two looks; the next one's key is not to be had yet.
+        applier.must(Command::ForgetCertificate { host: HOST.into() });
+        let second = issue(&mut applier);
         for _ in 0..20 {
             let (given, views) = certificates.follow(&applier.state, Instant::now(), || {});
-            assert_eq!((given.len(), views[0].version), (1, Some(1)));
+            assert_eq!((given.len(), views[0].version), (1, Some(first.0)));
             let pause = async { async_io::Timer::after(Duration::from_millis(5)).await };
             async_io::block_on(executor.run(pause));
         }
         let (_, views) = certificates.follow(&applier.state, Instant::now(), || {});
         assert_eq!(views[0].problem.as_deref(), Some("the newest version is not to be had yet"));
-        versions_to_be_had.store(2, Ordering::Relaxed);
+        lock(&handed).clone_from(&second);
         let later = Instant::now() + AGAIN_AFTER;
         assert!(certificates.has_news(later), "it is tried again");
         certificates.follow(&applier.state, later, || {});
-        shown(&mut certificates, &executor, &applier.state, 2);
+        shown(&mut certificates, &executor, &applier.state, second.0);
     }
 }

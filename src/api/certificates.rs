@@ -1,8 +1,12 @@
 //! Certificates of the ingress: made and ordered by the leader, checked where they are given.
 //!
 //! The planner says what is to be done; here it is signed with the cluster's CA or ordered by ACME, sealed, and put into
-//! the state. One order at a time, on a thread of its own; it is given up when another node leads. Answers to challenges
-//! are in the state, so that every node's ingress gives them, before the authority is told to ask.
+//! the state. One order at a time, on a thread of its own; when another node leads it is given up, unless the certificate
+//! is there already. Answers to challenges are in the state, so that every node's ingress gives them, before the authority
+//! is told to ask.
+//!
+//! Invariant: what an authority issued is offered to the cluster until it is applied or refused: authorities count
+//! duplicates (`what_came_of_an_order_is_kept_until_it_is_applied`).
 
 use super::backend::Backend;
 use super::body::{self, Reply};
@@ -18,21 +22,26 @@ use crate::planner::certificates::{Failed, Step, pause_seconds, steps};
 use crate::state::{CertificateIssuer, Command, IssuedCertificate, State};
 use crate::transport::sealing::ClusterKey;
 use crate::transport::serving::{ServingAuthority, to_pem};
+use async_executor::{Executor, Task};
 use bytes::Bytes;
 use hyper::{Method, StatusCode};
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::future::Future;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tracing::{info, warn};
 
 const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// Before a host whose outcome was refused is looked at again.
+const REFUSED_PAUSE: Duration = Duration::from_secs(60);
 /// After something that could not be done at all, such as a write without a quorum.
 const AGAIN_AFTER: Duration = Duration::from_secs(5);
 /// Until every node that is up answers for a challenge.
 const PUBLISH_LIMIT: Duration = Duration::from_secs(8);
 const ASK_LIMIT: Duration = Duration::from_secs(2);
+const ASK_AGAIN_AFTER: Duration = Duration::from_millis(100);
 const CHECK_LIMIT: Duration = Duration::from_secs(3);
 const ANSWER_BYTES_MAX: usize = 64 << 10;
 /// A week: what an authority asks beyond is not meant for a cluster that may be mended meanwhile.
@@ -48,12 +57,19 @@ type Failure = Box<dyn Error + Send + Sync>;
 /// An order on its way; told to give up when it is dropped.
 struct Order {
     stop: Arc<AtomicBool>,
-    task: async_executor::Task<()>,
+    task: Task<()>,
+}
+
+impl Order {
+    /// It ends with the next step, but for one whose certificate was issued: that goes into the state.
+    fn give_up(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Drop for Order {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        self.give_up();
     }
 }
 
@@ -64,7 +80,11 @@ pub async fn keep_certificates(backend: Arc<Backend>) {
     loop {
         let leads = backend.replica.status().await.is_some_and(|status| status.is_leader);
         match backend.identity().cluster_key.filter(|_| leads) {
-            None => order = None,
+            None => {
+                if let Some(order) = &order {
+                    order.give_up();
+                }
+            }
             Some(key) => {
                 if let Err(error) = look(&backend, &key, &mut order).await {
                     warn!(error = %error, "certificates of the ingress");
@@ -155,13 +175,43 @@ fn begin_order(backend: &Arc<Backend>, key: ClusterKey, host: String) -> Order {
                 Command::NoteCertificateTrouble { host, text, pause_ms }
             }
         };
-        // What could not be written is ordered again by the next leader; a minute's pause keeps that rare.
-        if let Err(error) = backend.submit(None, command).await {
-            warn!(%error, "keep what came of an order");
-            async_io::Timer::after(Duration::from_secs(60)).await;
+        // Under one mark: an attempt of unknown outcome may have been applied.
+        let kept = match backend.new_mark(&command) {
+            Ok(mark) => {
+                let submit = || {
+                    let (backend, command) = (backend.clone(), command.clone());
+                    async move { backend.submit(Some(mark), command).await.map(drop) }
+                };
+                until_applied(submit, AGAIN_AFTER).await
+            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = kept {
+            warn!(%error, "what came of an order is refused");
+            async_io::Timer::after(REFUSED_PAUSE).await;
         }
     });
     Order { stop, task }
+}
+
+/// Tries again for as long as the cluster can't write; a refusal is final.
+async fn until_applied<Submitted>(submit: impl Fn() -> Submitted, pause: Duration) -> Result<(), ApiError>
+where
+    Submitted: Future<Output = Result<(), ApiError>>,
+{
+    loop {
+        match submit().await {
+            Err(error) if may_pass(error.status) => {
+                warn!(%error, "keep what came of an order; it is tried again");
+                async_io::Timer::after(pause).await;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+fn may_pass(status: StatusCode) -> bool {
+    status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS
 }
 
 /// In a row, so far.
@@ -177,8 +227,11 @@ fn pause_after(error: &(dyn Error + Send + Sync + 'static), failures: u32) -> u6
             let asked = retry_after_seconds.unwrap_or_default().min(RETRY_AFTER_SECONDS_MAX);
             pause_seconds(Failed::Refused, failures).max(asked)
         }
-        Some(AcmeError::Ask { .. }) => pause_seconds(Failed::Unreached, failures),
-        _ => pause_seconds(Failed::Refused, failures),
+        // The authority counts nothing for what failed here, such as a write without a leader.
+        None | Some(AcmeError::Ask { .. } | AcmeError::Publish(_) | AcmeError::Key) => {
+            pause_seconds(Failed::Unreached, failures)
+        }
+        Some(_) => pause_seconds(Failed::Refused, failures),
     }
 }
 
@@ -245,25 +298,49 @@ fn account(
 async fn publish(backend: &Arc<Backend>, answers: &BTreeMap<String, String>) -> Result<(), Failure> {
     let command = Command::PutChallenges { answers: answers.clone() };
     backend.submit(None, command).await.map_err(|error| error.to_string())?;
-    let begin = Instant::now();
-    for token in answers.keys() {
-        let mut left: Vec<NodeId> = backend.transport.connections().into_keys().collect();
-        loop {
-            let mut lacking = Vec::new();
-            for node in left {
-                if !answers_for(backend, node, token).await {
-                    lacking.push(node);
-                }
-            }
-            let is_own = backend.agent.answers_challenge(token);
-            if (lacking.is_empty() && is_own) || begin.elapsed() > PUBLISH_LIMIT {
-                break;
-            }
-            left = lacking;
-            async_io::Timer::after(Duration::from_millis(100)).await;
-        }
-    }
+    let asked: Vec<(NodeId, String)> = (backend.transport.connections().into_keys())
+        .flat_map(|node| answers.keys().map(move |token| (node, token.clone())))
+        .collect();
+    let others = backend.clone();
+    let others_answer = until_all(&backend.executor, asked, PUBLISH_LIMIT, move |(node, token)| {
+        let backend = others.clone();
+        async move { answers_for(&backend, node, &token).await }
+    });
+    let (own, tokens) = (backend.agent.clone(), answers.keys().cloned().collect());
+    let this_one_answers = until_all(&backend.executor, tokens, PUBLISH_LIMIT, move |token: String| {
+        std::future::ready(own.answers_challenge(&token))
+    });
+    futures_lite::future::zip(others_answer, this_one_answers).await;
     Ok(())
+}
+
+/// Asks all at once, each again until it is so; at most for `limit` in all.
+async fn until_all<Subject, Asked>(
+    executor: &Executor<'static>,
+    subjects: Vec<Subject>,
+    limit: Duration,
+    ask: impl Fn(Subject) -> Asked + Clone + Send + 'static,
+) where
+    Subject: Clone + Send + 'static,
+    Asked: Future<Output = bool> + Send + 'static,
+{
+    let tasks: Vec<Task<()>> = subjects
+        .into_iter()
+        .map(|subject| {
+            let ask = ask.clone();
+            executor.spawn(async move {
+                while !ask(subject.clone()).await {
+                    async_io::Timer::after(ASK_AGAIN_AFTER).await;
+                }
+            })
+        })
+        .collect();
+    peer::within(limit, async {
+        for task in tasks {
+            task.await;
+        }
+    })
+    .await;
 }
 
 async fn answers_for(backend: &Arc<Backend>, node: NodeId, token: &str) -> bool {
@@ -378,4 +455,76 @@ pub async fn check_for_peer(
     let key = backend.identity().cluster_key.ok_or_else(|| ApiError::unavailable("no cluster key here"))?;
     let outcome = check_one(&key, &backend.replica.state(), &name, &hosts);
     body::ok(&outcome.map_err(|error| error.detail.message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+    use std::time::Instant;
+
+    #[test]
+    fn only_what_the_authority_counts_is_followed_by_an_hour() {
+        let (minute, hour) = (60, 3600);
+        let refused = |retry_after_seconds| AcmeError::Refused {
+            step: "order",
+            status: 429,
+            kind: "rateLimited".into(),
+            detail: "too many".into(),
+            retry_after_seconds,
+        };
+        let no_leader = || Failure::from("no leader for 6 s".to_string());
+        let failures: [(Failure, u64); 6] = [
+            (AcmeError::Publish(no_leader()).into(), minute),
+            // As when the account could not be kept.
+            (no_leader(), minute),
+            (AcmeError::Key.into(), minute),
+            (refused(None).into(), hour),
+            (refused(Some(7200)).into(), 2 * hour),
+            (AcmeError::NotProved { host: "shop.test".into(), detail: "404".into() }.into(), hour),
+        ];
+        for (failure, wanted) in failures {
+            assert_eq!(pause_after(failure.as_ref(), 1), wanted, "{failure:?}");
+        }
+    }
+
+    #[test]
+    fn what_came_of_an_order_is_kept_until_it_is_applied() {
+        let outcomes = |outcomes: Vec<Result<(), ApiError>>| {
+            let (left, tries) = (Cell::new(outcomes), Cell::new(0));
+            let submit = || {
+                tries.set(tries.get() + 1);
+                let mut outcomes = left.take();
+                let first = outcomes.remove(0);
+                left.set(outcomes);
+                std::future::ready(first)
+            };
+            let kept = async_io::block_on(until_applied(submit, Duration::from_millis(1)));
+            (kept.is_ok(), tries.get())
+        };
+        let unknown = || ApiError::new(StatusCode::GATEWAY_TIMEOUT, "unknown_outcome", "it may be done");
+        let busy = || ApiError::new(StatusCode::TOO_MANY_REQUESTS, "busy", "too many writes wait");
+        let tried = vec![Err(ApiError::unavailable("no leader")), Err(unknown()), Err(busy()), Ok(())];
+        assert_eq!(outcomes(tried), (true, 4));
+        let refused = vec![Err(ApiError::invalid("too long")), Ok(())];
+        assert_eq!(outcomes(refused), (false, 1), "the same again is refused again");
+    }
+
+    #[test]
+    fn nodes_that_do_not_answer_are_waited_for_together() {
+        let executor = Arc::new(Executor::new());
+        let begin = Instant::now();
+        let asked = |node: u64| async move {
+            if node != 1 {
+                async_io::Timer::after(Duration::from_millis(200)).await;
+            }
+            node == 1
+        };
+        let nodes = (1..32).collect();
+        let limit = Duration::from_millis(500);
+        async_io::block_on(executor.run(until_all(&executor, nodes, limit, asked)));
+        assert!((limit..limit * 4).contains(&begin.elapsed()), "{:?}", begin.elapsed());
+        async_io::block_on(executor.run(until_all(&executor, vec![1, 1], LOOK_EVERY, asked)));
+        assert!(begin.elapsed() < LOOK_EVERY / 2, "nobody is waited for when all have answered");
+    }
 }

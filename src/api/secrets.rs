@@ -141,7 +141,7 @@ pub fn hand_out_key(backend: &Arc<Backend>, host: &str) -> Result<Reply, ApiErro
 
 fn handed(opened: Result<Opened, OpenError>) -> Result<Reply, ApiError> {
     let opened = opened.map_err(|error| ApiError::unavailable(error.to_string()))?;
-    let mut reply = hyper::Response::new(body::full(opened.bytes));
+    let mut reply = hyper::Response::new(body::full(opened.bytes.to_vec()));
     reply.headers_mut().insert(VERSION, opened.version.into());
     Ok(reply)
 }
@@ -166,13 +166,13 @@ fn unseal(backend: &Backend, state: &State, sealed: &Sealed) -> Result<Opened, O
     match sealed {
         Sealed::Secret(name) => {
             let row = state.secrets.find(name).ok_or_else(|| OpenError::Unknown(name.to_string()))?;
-            Ok(Opened { version: row.version, bytes: key.unseal(&purpose(name), &row.sealed)? })
+            Ok(Opened { version: row.version, bytes: key.unseal(&purpose(name), &row.sealed)?.into() })
         }
         Sealed::CertificateKey(host) => {
             let row = state.certificates.find(host).and_then(|row| row.issued.as_ref());
             let row = row.ok_or_else(|| OpenError::Unknown(format!("a certificate of {host}")))?;
             let bytes = key.unseal(&certificates::key_purpose(host), &row.sealed_key)?;
-            Ok(Opened { version: row.version, bytes })
+            Ok(Opened { version: row.version, bytes: bytes.into() })
         }
     }
 }
@@ -221,5 +221,5 @@ async fn ask(backend: &Arc<Backend>, holder: NodeId, sealed: &Sealed) -> Option<
     }
     let version = answer.headers().get(VERSION)?.to_str().ok()?.parse().ok()?;
     let bytes = body::bytes(answer.into_body(), SECRET_BYTES_MAX).await.ok()?;
-    Some(Opened { version, bytes: bytes.to_vec() })
+    Some(Opened { version, bytes: bytes.to_vec().into() })
 }

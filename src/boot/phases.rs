@@ -15,7 +15,7 @@ use super::report::{Outcome, Report};
 use super::settings::Settings;
 use super::watchdog::Watchdog;
 use crate::linux::clock::boot_ms;
-use crate::linux::machine;
+use crate::linux::{machine, process};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
@@ -126,6 +126,7 @@ fn mounts(board: &mut Board) -> Result<String> {
     let line = fs::read_to_string("/proc/cmdline").context("read the kernel's command line")?;
     board.words = line.split_whitespace().map(String::from).collect();
     machine::take_ctrl_alt_del().context("take Ctrl-Alt-Del")?;
+    process::raise_open_files_hard_limit().context("raise the limit of open files")?;
     Ok(said)
 }
 

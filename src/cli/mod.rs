@@ -29,6 +29,7 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 use std::rc::Rc;
 
+use anyhow::Context;
 use argh::FromArgs;
 use async_executor::LocalExecutor;
 use serde::Serialize;
@@ -67,6 +68,7 @@ fn run(args: &[OsString]) -> anyhow::Result<()> {
     if let verbs::Verb::Node(node) = &command.verb
         && let Some(options) = node.run_options(&globals)
     {
+        crate::linux::process::raise_open_files_limit().context("raise the limit of open files")?;
         return crate::node::run(options);
     }
     terminal::block(command.verb.own_signals())?;

@@ -11,7 +11,12 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitOptions, getrlimit, setrlimit};
+
+/// What a container may have at most, as systemd gives it to services.
+pub const OPEN_FILES_HARD: u64 = 524_288;
+/// As in its unit for systemd; all that is bounded in it takes some thousands.
+const OPEN_FILES_OF_DAEMON: u64 = 65_536;
 
 /// A pid with its start time in clock ticks since boot: unique for as long as the machine runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -213,12 +218,48 @@ pub fn reset_signals() -> io::Result<()> {
 
 /// The machine's hard limit of open files for a child of this process.
 pub fn open_files_hard_limit() -> u64 {
-    rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap_or(u64::MAX)
+    getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX)
+}
+
+/// For the daemon: as much as it is allowed and could have a use for. The kernel gives a process 1024, which the
+/// connections of an ingress alone exceed. Containers get limits of their own.
+pub fn raise_open_files_limit() -> io::Result<()> {
+    Ok(setrlimit(Resource::Nofile, raised(getrlimit(Resource::Nofile)))?)
+}
+
+fn raised(limits: Rlimit) -> Rlimit {
+    let most = limits.maximum.map_or(OPEN_FILES_OF_DAEMON, |hard| hard.min(OPEN_FILES_OF_DAEMON));
+    // Without one there is no limit.
+    let current = limits.current.map(|soft| soft.max(most));
+    Rlimit { current, ..limits }
+}
+
+/// For all that the first process of a machine starts: the kernel's 4096 is less than containers are given elsewhere.
+pub fn raise_open_files_hard_limit() -> io::Result<()> {
+    let old = getrlimit(Resource::Nofile);
+    if old.maximum.is_some_and(|hard| hard < OPEN_FILES_HARD) {
+        setrlimit(Resource::Nofile, Rlimit { maximum: Some(OPEN_FILES_HARD), ..old })?;
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_limit_of_open_files_is_raised_as_far_as_allowed() {
+        let limits = |current, maximum| Rlimit { current, maximum };
+        for (old, wanted) in [
+            (limits(Some(1024), Some(4096)), Some(4096)),
+            (limits(Some(1024), Some(524_288)), Some(OPEN_FILES_OF_DAEMON)),
+            (limits(Some(1024), None), Some(OPEN_FILES_OF_DAEMON)),
+            (limits(Some(100_000), Some(524_288)), Some(100_000)),
+            (limits(None, None), None),
+        ] {
+            assert_eq!(raised(old), limits(wanted, old.maximum), "{old:?}");
+        }
+    }
 
     #[test]
     fn the_start_time_is_found_behind_any_name() {

@@ -362,6 +362,19 @@ impl Network {
         Ok((slot, key))
     }
 
+    /// Tunnels whose interface is gone; looked at often, so it only asks the kernel for their names.
+    pub fn lost_tunnels(&self) -> BTreeSet<Slot> {
+        let tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
+        tunnels.iter().filter(|(_, tunnel)| !tunnel.is_alive()).map(|(slot, _)| *slot).collect()
+    }
+
+    /// Takes away what is left of lost tunnels, so that their places are free.
+    pub fn drop_tunnels(&self, lost: &BTreeSet<Slot>) -> Result<(), NetworkError> {
+        let held: BTreeSet<Slot> =
+            self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).keys().copied().collect();
+        self.keep_tunnels(&held.difference(lost).copied().collect())
+    }
+
     /// How a tunnel is done, for people.
     pub fn tunnel_kind(&self, slot: Slot) -> Option<&'static str> {
         self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).get(&slot).map(Tunnel::kind)
@@ -477,10 +490,6 @@ impl Network {
             }
         }
         Ok(())
-    }
-
-    pub fn tag(&self) -> &str {
-        &self.config.tag
     }
 }
 

@@ -227,6 +227,10 @@ mod tests {
         assert_eq!(notes(&applier), 1, "the same reason is told once");
         let row = applier.state.certificates.find(&"shop.test".to_string()).unwrap();
         assert_eq!(row.trouble.as_ref().unwrap().failures, 2);
+        let long = "no way to shop.test, ".repeat(50);
+        applier.must(trouble(&long));
+        applier.must(trouble(&long));
+        assert_eq!(notes(&applier), 2, "also one that is cut");
     }
 
     #[test]

@@ -18,11 +18,11 @@ use serde::{Deserialize, Serialize};
 
 use super::images::{Digest, ImageConfig};
 use super::user::ResolvedUser;
+use crate::linux::process::OPEN_FILES_HARD;
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-/// Open files, as systemd gives them to services: old programs walk the soft limit, new ones raise it.
+/// Open files, as systemd gives them to services: old programs walk the soft limit, new ones raise it to the hard one.
 const OPEN_FILES_SOFT: u64 = 1024;
-const OPEN_FILES_HARD: u64 = 524_288;
 const CPU_PERIOD_USEC: u64 = 100_000;
 /// A quota below 1 ms per period is refused by the kernel.
 const CPU_QUOTA_USEC_MIN: i64 = 1_000;

@@ -19,7 +19,7 @@ impl State {
             return outcome;
         }
         let mut draft = self.clone();
-        let mut outcome = draft.run(&envelope.command);
+        let mut outcome = draft.run(index, &envelope.command);
         if outcome.is_ok() && draft.bytes() > STATE_BYTES_MAX && may_grow(&envelope.command) {
             outcome = Err(Rejection::StateFull { max_mib: (STATE_BYTES_MAX >> 20) as u64 });
         }
@@ -32,7 +32,7 @@ impl State {
         outcome
     }
 
-    fn run(&mut self, command: &Command) -> Outcome {
+    fn run(&mut self, index: u64, command: &Command) -> Outcome {
         if self.cluster().is_none() && !matches!(command, Command::Found { .. }) {
             return Err(Rejection::NotFounded);
         }
@@ -83,13 +83,14 @@ impl State {
             Command::RemoveAddress { address } => addresses::remove(self, *address),
             Command::AssignAddress { address, epoch, to } => addresses::assign(self, *address, *epoch, *to),
             Command::PutSecret { name, sealed, fingerprint, bytes } => {
-                secrets::put(self, name, sealed, *fingerprint, *bytes)
+                let content = secrets::Content { sealed, fingerprint: *fingerprint, bytes: *bytes };
+                secrets::put(self, index, name, content)
             }
             Command::RemoveSecret { name } => secrets::remove(self, name),
             Command::PutServingAuthority { certificate, sealed_key } => {
                 certificates::put_authority(self, certificate, sealed_key)
             }
-            Command::PutCertificate { host, issued } => certificates::put(self, host, issued),
+            Command::PutCertificate { host, issued } => certificates::put(self, index, host, issued),
             Command::NoteCertificateTrouble { host, text, pause_ms } => {
                 certificates::note_trouble(self, host, text, *pause_ms)
             }

@@ -27,16 +27,15 @@ pub fn put_authority(state: &mut State, certificate: &[u8], sealed_key: &[u8]) -
     Ok(Reply::Done)
 }
 
-pub fn put(state: &mut State, host: &str, issued: &IssuedCertificate) -> Outcome {
+/// The entry's index is the version: a host that was forgotten and comes back never has an old one again.
+pub fn put(state: &mut State, index: u64, host: &str, issued: &IssuedCertificate) -> Outcome {
     if issued.chain_pem.len() > CHAIN_BYTES_MAX || issued.sealed_key.len() > KEY_BYTES_MAX {
         return Err(Rejection::Invalid(format!("the certificate of {host} is too long")));
     }
     if state.certificates.len() >= CERTIFICATES_MAX && state.certificates.find(&host.to_owned()).is_none() {
         return Err(Rejection::Invalid(format!("the cluster has certificates for {CERTIFICATES_MAX} hosts")));
     }
-    let before = state.certificates.find(&host.to_owned()).and_then(|row| row.issued.as_ref());
-    let version = before.map_or(1, |before| before.version + 1);
-    let issued = IssuedCertificate { version, ..issued.clone() };
+    let issued = IssuedCertificate { version: index, ..issued.clone() };
     let until = Timestamp(issued.not_after.saturating_mul(1000));
     let text = format!("{host} has a certificate of {} until {until}", issued.issuer.name());
     let row = Certificate { host: host.into(), issued: Some(issued), trouble: None };
@@ -54,8 +53,9 @@ pub fn note_trouble(state: &mut State, host: &str, text: &str, pause_ms: u64) ->
     }
     let mut row = before.unwrap_or(Certificate { host: host.into(), issued: None, trouble: None });
     let failures = row.trouble.as_ref().map_or(0, |trouble| trouble.failures).saturating_add(1);
-    let is_news = row.trouble.as_ref().is_none_or(|trouble| trouble.text != text);
     let text: String = text.chars().take(REASON_CHARACTERS_MAX).collect();
+    // Compared as it is kept.
+    let is_news = row.trouble.as_ref().is_none_or(|trouble| trouble.text != text);
     row.trouble = Some(Trouble { text: text.clone(), failures, at: now, again_at: now.plus_ms(pause_ms) });
     state.certificates.put(host.into(), row);
     if is_news {

@@ -203,7 +203,7 @@ pub struct Secret {
     pub fingerprint: [u8; 32],
     /// Of what is sealed.
     pub bytes: u32,
-    /// Grows when what is sealed changes.
+    /// The index of the entry that changed what is sealed: it grows, and no other content ever had it.
     pub version: u64,
     pub created_at: Timestamp,
     pub changed_at: Timestamp,
@@ -235,6 +235,7 @@ pub struct IssuedCertificate {
     /// Seconds since 1970.
     pub not_before: u64,
     pub not_after: u64,
+    /// The index of the entry that put it here; no other certificate ever had it.
     pub version: u64,
 }
 

@@ -16,13 +16,17 @@ use std::collections::BTreeSet;
 /// The format's version, its nonce and its tag.
 const SEAL_BYTES_MAX: usize = 64;
 
-pub fn put(
-    state: &mut State,
-    name: &SecretName,
-    sealed: &[u8],
-    fingerprint: [u8; 32],
-    bytes: u32,
-) -> Outcome {
+/// What a command gives for a name.
+pub struct Content<'a> {
+    pub sealed: &'a [u8],
+    pub fingerprint: [u8; 32],
+    pub bytes: u32,
+}
+
+/// The entry's index is the version: a name that was removed and comes back never has an old one again, so a node that
+/// kept what it opened tells the two apart.
+pub fn put(state: &mut State, index: u64, name: &SecretName, content: Content<'_>) -> Outcome {
+    let Content { sealed, fingerprint, bytes } = content;
     if bytes as usize > SECRET_BYTES_MAX || sealed.len() > SECRET_BYTES_MAX + SEAL_BYTES_MAX {
         return Err(Rejection::Invalid(format!(
             "secret {name} takes {bytes} bytes; at most {SECRET_BYTES_MAX}"
@@ -39,7 +43,7 @@ pub fn put(
         sealed: sealed.to_vec(),
         fingerprint,
         bytes,
-        version: before.map_or(1, |before| before.version + 1),
+        version: index,
         created_at: before.map_or(now, |before| before.created_at),
         changed_at: now,
     };

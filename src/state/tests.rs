@@ -471,7 +471,7 @@ fn a_secret_in_use_is_kept_and_a_missing_one_refuses_the_deploy() {
     let changed = |reply: Reply| matches!(reply, Reply::Deployed { changed, .. } if !changed.is_empty());
     assert!(!changed(applier.deploy("shop", &[("web", web.clone())])));
     applier.must(put(2));
-    assert_eq!(applier.state.secrets.find(&name).unwrap().version, 2);
+    assert_eq!(applier.state.secrets.find(&name).unwrap().version, applier.index);
     assert!(changed(applier.deploy("shop", &[("web", web)])));
     let refused = applier.apply(Command::RemoveSecret { name: name.clone() }).unwrap_err();
     assert!(refused.to_string().contains("used by shop/web"), "{refused}");
@@ -480,6 +480,9 @@ fn a_secret_in_use_is_kept_and_a_missing_one_refuses_the_deploy() {
     assert!(applier.state.secrets.contains(&name));
     applier.must(Command::RemoveApp { app: AppName::new("shop").unwrap(), with_volumes: false });
     assert!(applier.state.secrets.is_empty(), "an app's secrets go with it");
+    let last_index = applier.index;
+    applier.must(put(1));
+    assert!(applier.state.secrets.find(&name).unwrap().version > last_index, "a version is never used again");
     let too_large = SECRET_BYTES_MAX as u32 + 1;
     let command = Command::PutSecret { name, sealed: vec![], fingerprint: [0; 32], bytes: too_large };
     assert!(applier.apply(command).is_err());

@@ -158,6 +158,7 @@ fn encrypt(stage: &mut Stage) -> Result<()> {
     go_around(stage, &client, address)?;
     // It was cut off meanwhile.
     talk.go_on()?;
+    lose_a_tunnel(stage, &talk, &client, address)?;
     change_keys(stage, &talk, address)?;
     join_later(stage, &client)?;
     start_again(stage, &talk, &client, address)?;
@@ -187,6 +188,20 @@ fn go_around(stage: &Stage, client: &Path, address: Ipv4Addr) -> Result<()> {
     until("what comes in clear is not taken", LIMIT, || Ok(ask_from(client, (address, 8080)).is_err()))?;
     ensure!(route("del")?.success(), "the route is taken away");
     ask_from(client, (address, 8080)).context("through the tunnel again")?;
+    Ok(())
+}
+
+/// Somebody on pi1 takes the tunnel's interface away.
+fn lose_a_tunnel(stage: &Stage, talk: &Talk, client: &Path, address: Ipv4Addr) -> Result<()> {
+    let netns = stage.lab.nodes[0].netns.clone();
+    let link = link_to(stage, address)?;
+    let deleted =
+        netns::in_netns(&netns, move || Command::new("ip").args(["link", "delete", &link]).status())?;
+    ensure!(deleted.success(), "the interface is deleted");
+    until("there is another tunnel", LIMIT, || Ok(ask_from(client, (address, 8080)).is_ok()))?;
+    ensure!(all_ways(stage, 3, "wireguard")?, "not in clear");
+    talk.go_on()?;
+    talk.longest();
     Ok(())
 }
 

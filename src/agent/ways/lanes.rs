@@ -123,6 +123,17 @@ impl Lanes {
         self.old = self.wanted.replace(held);
     }
 
+    /// Its tunnel is gone: the lane it had is to begin anew, from the one before it if that is still held.
+    pub fn lose(&mut self, slot: Slot) {
+        let has_it = |held: Option<Held>| held.is_some_and(|held| held.slot == Some(slot));
+        if has_it(self.old) {
+            self.old = None;
+        }
+        if has_it(self.wanted) {
+            self.wanted = self.old.take();
+        }
+    }
+
     pub fn end(&mut self) -> Option<Held> {
         self.old.take()
     }
@@ -361,6 +372,33 @@ mod tests {
         assert_eq!(keys(&pair.one), [[2; 32]], "what its earlier run left at work is not cut off");
         pair.settle();
         assert_eq!(pair.lanes(), [Some(Lane::Sealed { epoch: 1 }); 2]);
+    }
+
+    #[test]
+    fn a_lost_tunnel_is_made_anew_with_another_key() {
+        let mut pair = Pair::in_clear();
+        pair.one.begin(sealed(1, 1, Slot::First));
+        pair.two.begin(sealed(1, 2, Slot::First));
+        pair.settle();
+        // In the middle of the change: back to where it came from, and begun again.
+        pair.one.lose(Slot::First);
+        assert!(pair.one.takes_clear() && pair.one.can_begin(Lane::Sealed { epoch: 1 }));
+        pair.one.begin(sealed(1, 11, Slot::First));
+        pair.settle();
+        assert_eq!((pair.one.end(), pair.two.end()), (Some(CLEAR), Some(CLEAR)));
+        pair.settle();
+        assert_eq!(pair.lanes(), [Some(Lane::Sealed { epoch: 1 }); 2]);
+        // Afterwards: nothing is sent until there is a new one, least of all in clear.
+        pair.one.lose(Slot::First);
+        assert_eq!((pair.one.choice(TWO), pair.one.takes_clear()), (None, false));
+        pair.one.begin(sealed(1, 12, Slot::Second));
+        pair.settle();
+        assert_eq!(pair.lanes(), [Some(Lane::Sealed { epoch: 1 }); 2]);
+        let keys: Vec<PublicKey> = pair.two.expected().into_iter().map(|one| one.key).collect();
+        assert_eq!(keys, [[12; 32]]);
+        pair.one.begin(sealed(2, 13, Slot::First));
+        pair.one.lose(Slot::Second);
+        assert_eq!(pair.one.held().count(), 1, "the old one is only given up earlier");
     }
 
     #[test]

@@ -143,6 +143,7 @@ impl WaysKeeper {
             let state = self.replica.state();
             let cluster_time = self.replica.status().await.map(|status| status.cluster_time);
             let now = Instant::now();
+            self.drop_lost(&mut last).await;
             self.follow_addresses(&state, &mut last);
             if let Some(lane) = wanted_lane(&state, cluster_time.map(|time| time.0)) {
                 last.is_clear_wanted = lane == Lane::Clear;
@@ -166,6 +167,26 @@ impl WaysKeeper {
                 },
             )
             .await;
+        }
+    }
+
+    /// Somebody took a tunnel's interface away: `offer` makes another, with a new key.
+    async fn drop_lost(&self, last: &mut Last) {
+        let lost = self.network.lost_tunnels();
+        if lost.is_empty() {
+            return;
+        }
+        let names: Vec<&str> = lost.iter().map(|slot| slot.link_name()).collect();
+        warn!(?names, "interfaces of tunnels are gone; they are made anew");
+        for slot in &lost {
+            lock(&self.ways.lanes).lose(*slot);
+        }
+        last.told.retain(|expected, _| !lost.contains(&expected.slot));
+        last.ready.retain(|(_, slot), _| !lost.contains(slot));
+        last.applied = None;
+        let network = self.network.clone();
+        if let Err(error) = smol::unblock(move || network.drop_tunnels(&lost)).await {
+            warn!(error = chain(&error), "take away what is left of a tunnel");
         }
     }
 

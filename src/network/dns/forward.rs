@@ -9,6 +9,7 @@
 use super::cache::{Cache, Key};
 use super::counts::Counters;
 use super::exchange::{ExchangeError, Exchanges, Wish};
+use super::shares::{Share, Shares};
 use super::upstreams::{UpstreamView, Upstreams, parse_resolv_conf};
 use super::wire::{self, Code, FLAG_CHECKING_DISABLED, Query, class, kind};
 use crate::tasks::lock;
@@ -70,6 +71,7 @@ pub struct Forwarder {
     own: SocketAddr,
     state: Mutex<State>,
     exchanges: Exchanges,
+    flights: Shares,
     counters: Arc<Counters>,
 }
 
@@ -79,6 +81,7 @@ struct Pilot<'a> {
     key: Key,
     flight: Arc<Flight>,
     _done: Sender<()>,
+    _share: Share<'a>,
 }
 
 impl Drop for Pilot<'_> {
@@ -105,8 +108,14 @@ fn key_of(query: &Query<'_>) -> Key {
 
 impl Forwarder {
     pub fn new(source: UpstreamSource, own: SocketAddr, counters: Arc<Counters>) -> Forwarder {
-        let forwarder =
-            Forwarder { source, own, state: Mutex::default(), exchanges: Exchanges::default(), counters };
+        let forwarder = Forwarder {
+            source,
+            own,
+            state: Mutex::default(),
+            exchanges: Exchanges::default(),
+            flights: Shares::new(FLIGHTS_MAX),
+            counters,
+        };
         if let UpstreamSource::Fixed(addresses) = &forwarder.source {
             let addresses = forwarder.without_own(addresses);
             lock(&forwarder.state).upstreams.replace(&addresses);
@@ -128,12 +137,12 @@ impl Forwarder {
         found
     }
 
-    pub async fn ask(&self, query: &Query<'_>, by_tcp: bool) -> Outcome {
+    pub async fn ask(&self, query: &Query<'_>, asker: Ipv4Addr, by_tcp: bool) -> Outcome {
         if let Some((message, age)) = self.known(query) {
             return Outcome::Answer(message, age);
         }
         let key = key_of(query);
-        let flight = match self.board(&key) {
+        let flight = match self.board(&key, asker) {
             Boarding::Full => return Outcome::Busy,
             Boarding::Passenger(flight) => {
                 // Nothing is sent: it returns when the pilot is gone.
@@ -155,17 +164,22 @@ impl Forwarder {
         flight.result.get().map_or(Outcome::Failed, |message| Outcome::Answer(message.clone(), 0))
     }
 
-    fn board(&self, key: &Key) -> Boarding<'_> {
+    fn board(&self, key: &Key, asker: Ipv4Addr) -> Boarding<'_> {
         let mut state = lock(&self.state);
-        let is_full = state.flights.len() >= FLIGHTS_MAX;
         match state.flights.entry(key.clone()) {
             Entry::Occupied(entry) => Boarding::Passenger(entry.get().clone()),
-            Entry::Vacant(_) if is_full => Boarding::Full,
             Entry::Vacant(entry) => {
+                let Some(share) = self.flights.take(asker) else { return Boarding::Full };
                 let (sender, done) = async_channel::bounded(1);
                 let flight = Arc::new(Flight { result: OnceLock::new(), done });
                 entry.insert(flight.clone());
-                Boarding::Pilot(Pilot { forwarder: self, key: key.clone(), flight, _done: sender })
+                Boarding::Pilot(Pilot {
+                    forwarder: self,
+                    key: key.clone(),
+                    flight,
+                    _done: sender,
+                    _share: share,
+                })
             }
         }
     }

@@ -16,6 +16,7 @@ mod exchange;
 mod forward;
 pub mod resolve;
 mod server;
+mod shares;
 #[cfg(test)]
 mod tests;
 mod upstreams;

@@ -5,6 +5,7 @@ use super::encode::encode;
 use super::exchange::{read_message, write_message};
 use super::forward::{Forwarder, Outcome, UpstreamSource};
 use super::resolve::resolve;
+use super::shares::Shares;
 use super::wire::{self, BadQuery, Code, Query};
 use super::zone::Zone;
 use crate::tasks::{TaskGroup, lock, within};
@@ -16,7 +17,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, RwLock};
 use std::time::{Duration, Instant};
 
@@ -62,8 +63,8 @@ struct Server {
     forwarder: Forwarder,
     counters: Arc<Counters>,
     locals: Mutex<Locals>,
-    waiting: AtomicUsize,
-    connections: AtomicUsize,
+    waiting: Shares,
+    connections: Shares,
 }
 
 /// Addresses of this machine, as of the last time that an unknown one asked.
@@ -71,22 +72,6 @@ struct Server {
 struct Locals {
     addresses: BTreeSet<Ipv4Addr>,
     read_at: Option<Instant>,
-}
-
-/// Counts one thing that is bounded, for as long as it lives.
-struct Place<'a>(&'a AtomicUsize);
-
-impl<'a> Place<'a> {
-    fn take(counter: &'a AtomicUsize, most: usize) -> Option<Place<'a>> {
-        let place = Place(counter);
-        (counter.fetch_add(1, Ordering::Relaxed) < most).then_some(place)
-    }
-}
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 /// With SO_REUSEPORT, so that port 53 can be published and held on all other addresses at the same time.
@@ -126,8 +111,8 @@ impl DnsServer {
             forwarder: Forwarder::new(config.upstreams, address, counters.clone()),
             counters,
             locals: Mutex::default(),
-            waiting: AtomicUsize::new(0),
-            connections: AtomicUsize::new(0),
+            waiting: Shares::new(WAITING_MAX),
+            connections: Shares::new(TCP_CONNECTIONS_MAX),
         });
         let tasks = TaskGroup::new(executor.clone());
         tasks.spawn(serve_udp(server.clone(), tasks.clone(), Arc::new(udp)));
@@ -222,11 +207,12 @@ impl Server {
     }
 
     /// Asks upstream. `message` was parsed before.
-    async fn ask(&self, message: &[u8], by_tcp: bool) -> Option<Vec<u8>> {
+    async fn ask(&self, message: &[u8], asker: SocketAddr, by_tcp: bool) -> Option<Vec<u8>> {
+        let SocketAddr::V4(asker) = asker else { return None };
         let query = Query::parse(message).ok()?;
-        let place = Place::take(&self.waiting, WAITING_MAX);
-        let outcome = match place {
-            Some(_) => self.forwarder.ask(&query, by_tcp).await,
+        let share = self.waiting.take(*asker.ip());
+        let outcome = match share {
+            Some(_) => self.forwarder.ask(&query, *asker.ip(), by_tcp).await,
             None => Outcome::Busy,
         };
         Some(match outcome {
@@ -237,6 +223,10 @@ impl Server {
                 query.plain_reply(Code::ServerFailure)
             }
         })
+    }
+
+    fn is_busy_for(&self, asker: SocketAddr) -> bool {
+        matches!(asker, SocketAddr::V4(asker) if self.waiting.is_full_for(*asker.ip()))
     }
 
     /// Linux takes a datagram for one of its addresses on any interface: binding to the bridge keeps nobody out.
@@ -284,16 +274,16 @@ async fn serve_udp(server: Arc<Server>, tasks: Arc<TaskGroup>, socket: Arc<Async
             Step::Nothing => {}
             // A full buffer loses it, as the network might; the client asks again.
             Step::Send(reply) => drop(socket.get_ref().send_to(&reply, asker)),
-            Step::Ask if server.waiting.load(Ordering::Relaxed) >= WAITING_MAX => {
+            Step::Ask if server.is_busy_for(asker) => {
                 // No task for it: `ask` refuses at once.
-                if let Some(reply) = server.ask(message, false).await {
+                if let Some(reply) = server.ask(message, asker, false).await {
                     drop(socket.get_ref().send_to(&reply, asker));
                 }
             }
             Step::Ask => {
                 let (server, socket, message) = (server.clone(), socket.clone(), message.to_vec());
                 tasks.spawn(async move {
-                    if let Some(reply) = server.ask(&message, false).await {
+                    if let Some(reply) = server.ask(&message, asker, false).await {
                         drop(socket.get_ref().send_to(&reply, asker));
                     }
                 });
@@ -315,7 +305,8 @@ async fn accept_tcp(server: Arc<Server>, tasks: Arc<TaskGroup>, listener: Async<
         };
         let server = server.clone();
         tasks.spawn(async move {
-            if let Some(_place) = Place::take(&server.connections, TCP_CONNECTIONS_MAX) {
+            let SocketAddr::V4(address) = asker else { return };
+            if let Some(_share) = server.connections.take(*address.ip()) {
                 serve_tcp(&server, stream, asker).await;
             }
         });
@@ -328,7 +319,7 @@ async fn serve_tcp(server: &Server, mut stream: Async<TcpStream>, asker: SocketA
         let reply = match server.step(&message, asker, true) {
             Step::Nothing => return,
             Step::Send(reply) => Some(reply),
-            Step::Ask => server.ask(&message, true).await,
+            Step::Ask => server.ask(&message, asker, true).await,
         };
         let Some(reply) = reply else { return };
         match within(TCP_WRITE_LIMIT, write_message(&mut stream, &reply)).await {

@@ -683,6 +683,26 @@ fn the_same_question_is_asked_once() {
 }
 
 #[test]
+fn one_container_with_a_silent_zone_does_not_stop_the_others() {
+    let drops = Fake::start(Manner::Drops);
+    let site = site(&[&drops]);
+    let container = UdpSocket::bind("127.0.0.77:0").unwrap();
+    for number in 0..40 {
+        container.send_to(&query(&format!("{number}.silent.example"), kind::A, true), site.address).unwrap();
+    }
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let forwarded = |wanted: u64, overloaded: u64| {
+        while (site.counts().forwarded, site.counts().overloaded) != (wanted, overloaded) {
+            assert!(Instant::now() < deadline, "{:?}", site.counts());
+        }
+    };
+    forwarded(32, 8);
+    let other = UdpSocket::bind("127.0.0.1:0").unwrap();
+    other.send_to(&query("other.example", kind::A, true), site.address).unwrap();
+    forwarded(33, 8);
+}
+
+#[test]
 fn a_changed_resolv_conf_is_followed() {
     let folder = std::env::temp_dir().join(format!("tinydc-dns-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();

@@ -2,6 +2,7 @@
 
 use super::clock::{Clock, Sleep};
 use super::counts::{RouteCounters, add};
+use super::places::Place;
 use super::pool::{Lent, Pool};
 use super::proxy::Proxy;
 use bytes::Bytes;
@@ -13,7 +14,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
@@ -102,18 +103,22 @@ impl Body for RequestBody {
 }
 
 /// One request of a route, until its answer has gone.
-pub struct InFlight(pub Arc<RouteCounters>);
+pub struct InFlight {
+    counters: Arc<RouteCounters>,
+    /// Among the requests that endpoints work on.
+    _place: Arc<Place>,
+}
 
 impl InFlight {
-    pub fn new(counters: Arc<RouteCounters>) -> InFlight {
+    pub fn new(counters: Arc<RouteCounters>, place: Arc<Place>) -> InFlight {
         add(&counters.in_flight, 1);
-        InFlight(counters)
+        InFlight { counters, _place: place }
     }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
-        self.0.in_flight.fetch_sub(1, Ordering::Relaxed);
+        self.counters.in_flight.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -123,8 +128,11 @@ pub struct ResponseBody {
     lent: Option<Lent>,
     pool: Arc<Pool>,
     idle_limit: Duration,
+    nap_limit: Duration,
     clock: Arc<Clock>,
-    idle: Option<Sleep>,
+    /// Since when the endpoint is waited for.
+    idle_since: Option<Instant>,
+    nap: Option<Sleep>,
     in_flight: InFlight,
 }
 
@@ -136,11 +144,33 @@ impl ResponseBody {
         idle_limit: Duration,
         in_flight: InFlight,
     ) -> ResponseBody {
-        let (pool, clock) = (proxy.pool.clone(), proxy.clock.clone());
-        let mut body =
-            ResponseBody { inner, lent: Some(lent), pool, idle_limit, clock, idle: None, in_flight };
+        let mut body = ResponseBody {
+            inner,
+            lent: Some(lent),
+            pool: proxy.pool.clone(),
+            idle_limit,
+            nap_limit: proxy.nap_limit,
+            clock: proxy.clock.clone(),
+            idle_since: None,
+            nap: None,
+            in_flight,
+        };
         body.give_back_at_end();
         body
+    }
+
+    /// Ends when the endpoint has said nothing for too long; wakes its task more often than a stalled one is ended.
+    fn poll_idle(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let due = *self.idle_since.get_or_insert_with(Instant::now) + self.idle_limit;
+        loop {
+            let now = Instant::now();
+            if now >= due {
+                return Poll::Ready(());
+            }
+            let nap = self.nap.get_or_insert_with(|| self.clock.until(due.min(now + self.nap_limit)));
+            ready!(Pin::new(nap).poll(context));
+            self.nap = None;
+        }
     }
 
     fn give_back_at_end(&mut self) {
@@ -161,15 +191,13 @@ impl Body for ResponseBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let Poll::Ready(polled) = Pin::new(&mut self.inner).poll_frame(context) else {
-            let sleep = self.idle.take().unwrap_or_else(|| self.clock.after(self.idle_limit));
-            let idle = self.idle.insert(sleep);
-            return Pin::new(idle).poll(context).map(|()| Some(Err(BodyEnd::Late.into())));
+            return self.poll_idle(context).map(|()| Some(Err(BodyEnd::Late.into())));
         };
-        self.idle = None;
+        (self.idle_since, self.nap) = (None, None);
         match &polled {
             Some(Ok(frame)) => {
                 let length = frame.data_ref().map_or(0, |data| data.len() as u64);
-                add(&self.in_flight.0.bytes_out, length);
+                add(&self.in_flight.counters.bytes_out, length);
                 self.give_back_at_end();
             }
             Some(Err(_)) => self.lent = None,

@@ -1,7 +1,8 @@
 //! What changes in a request and an answer on their way through.
 //!
 //! Pure. Headers that speak of one connection end here (RFC 9110 7.6.1); who asked, for what and how is told to the
-//! service in `X-Forwarded-*`, which a client can't forge. Framing is hyper's: what a client says of the body's length
+//! service in `X-Forwarded-*`, which a client can't forge. The only protocol that may take the place of HTTP is WebSocket:
+//! in any other that an endpoint knows, `h2c` above all, a client could ask it for what no route leads to. Framing is hyper's: what a client says of the body's length
 //! counts only as hyper has read it, so that no second request hides in the first.
 //!
 //! Invariant: no header of one connection reaches the other side (`headers_of_one_connection_end_here`).
@@ -15,10 +16,11 @@ use hyper::http::uri::PathAndQuery;
 use hyper::{Method, Uri, Version};
 use std::net::IpAddr;
 
-const HOP_BY_HOP: [HeaderName; 6] = [
+const HOP_BY_HOP: [HeaderName; 7] = [
     CONNECTION,
     HeaderName::from_static("keep-alive"),
     HeaderName::from_static("proxy-connection"),
+    HeaderName::from_static("http2-settings"),
     TRANSFER_ENCODING,
     UPGRADE,
     EXPECT,
@@ -28,6 +30,9 @@ const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto")
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 const REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
+/// Compared with what servers make of a header's name.
+const FORWARDED_PREFIX: &str = "x-forwarded-";
+pub const WEBSOCKET: HeaderValue = HeaderValue::from_static("websocket");
 
 /// Whom a request names: as it was written, and its host for the table.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,10 +100,15 @@ pub struct Arrival {
     pub port: u16,
 }
 
-/// The protocol that a client wants to switch to.
-pub fn wanted_upgrade(parts: &Parts) -> Option<HeaderValue> {
+/// Whether a client wants to go on with WebSocket. Other protocols are not told to the endpoint, which then answers by
+/// HTTP (RFC 9110 7.8).
+pub fn wants_websocket(parts: &Parts) -> bool {
     let is_asked = parts.version == Version::HTTP_11 && has_token(&parts.headers, &CONNECTION, "upgrade");
-    parts.headers.get(UPGRADE).filter(|_| is_asked).cloned()
+    is_asked && is_websocket(&parts.headers)
+}
+
+pub fn is_websocket(headers: &HeaderMap) -> bool {
+    has_token(headers, &UPGRADE, "websocket")
 }
 
 fn has_token(headers: &HeaderMap, name: &HeaderName, token: &str) -> bool {
@@ -107,7 +117,7 @@ fn has_token(headers: &HeaderMap, name: &HeaderName, token: &str) -> bool {
 }
 
 /// Removes what speaks of one connection, also what `Connection` names.
-pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
+fn remove_hop_by_hop(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
         .iter()
@@ -125,6 +135,30 @@ pub fn remove_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
+/// Removes what a client says in the place of `X-Forwarded-*` (also of those that are not set here), `X-Real-IP` and
+/// `Forwarded`. CGI, WSGI and Rack read `X_Forwarded_For` and `X-Forwarded-For` as one variable, some servers any other
+/// sign. Other names with underscores pass: applications at home use them, and nothing here vouches for them.
+fn remove_forwarded(headers: &mut HeaderMap) {
+    let is_ours = |name: &&HeaderName| {
+        let sign = |letter: char| if letter.is_ascii_alphanumeric() { letter } else { '-' };
+        let read: String = name.as_str().chars().map(sign).collect();
+        read.starts_with(FORWARDED_PREFIX) || read == REAL_IP.as_str() || read == FORWARDED.as_str()
+    };
+    let forged: Vec<HeaderName> = headers.keys().filter(is_ours).cloned().collect();
+    for name in forged {
+        headers.remove(name);
+    }
+}
+
+/// Makes an endpoint's answer one for a client.
+pub fn make_incoming(headers: &mut HeaderMap) {
+    if headers.contains_key(TRANSFER_ENCODING) {
+        // The body was read as its encoding says; the length beside it is false (RFC 9112 6.3).
+        headers.remove(CONTENT_LENGTH);
+    }
+    remove_hop_by_hop(headers);
+}
+
 /// Makes a client's request one for an endpoint. `body_length`: as hyper has read it.
 pub fn make_outgoing(
     parts: &mut Parts,
@@ -132,17 +166,17 @@ pub fn make_outgoing(
     arrival: Arrival,
     body_length: Option<u64>,
 ) -> Result<(), BadRequest> {
-    let upgrade = wanted_upgrade(parts);
+    let is_websocket = wants_websocket(parts);
     remove_hop_by_hop(&mut parts.headers);
-    if let Some(protocol) = upgrade {
+    if is_websocket {
         parts.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-        parts.headers.insert(UPGRADE, protocol);
+        parts.headers.insert(UPGRADE, WEBSOCKET);
     }
     if body_length.is_none() {
         parts.headers.remove(CONTENT_LENGTH);
     }
     let headers = &mut parts.headers;
-    headers.remove(FORWARDED);
+    remove_forwarded(headers);
     let client = HeaderValue::from_str(&arrival.client.to_string()).map_err(|_| BadRequest::BadHost)?;
     headers.insert(FORWARDED_FOR, client.clone());
     headers.insert(REAL_IP, client);
@@ -241,6 +275,12 @@ mod tests {
                 ("x-forwarded-host", "evil"),
                 ("x-real-ip", "10.0.0.1"),
                 ("forwarded", "for=10.0.0.1"),
+                ("x-forwarded-prefix", "/evil"),
+                ("x-forwarded-user", "root"),
+                ("X_Forwarded_For", "10.0.0.1"),
+                ("x.forwarded-proto", "http"),
+                ("x_real_ip", "10.0.0.1"),
+                ("api_key", "1"),
             ],
             Some(0),
         );
@@ -255,7 +295,39 @@ mod tests {
             let all: Vec<_> = parts.headers.get_all(name).iter().collect();
             assert_eq!(all, [wanted], "{name}");
         }
-        assert!(!parts.headers.contains_key("forwarded"));
+        let mut names: Vec<&str> = parts.headers.keys().map(HeaderName::as_str).collect();
+        names.retain(|name| name.contains("forwarded") || name.contains('_'));
+        names.sort_unstable();
+        let own = ["x-forwarded-for", "x-forwarded-host", "x-forwarded-port", "x-forwarded-proto"];
+        assert_eq!(names, [&["api_key"], &own[..]].concat());
+    }
+
+    #[test]
+    fn no_other_protocol_than_websocket_is_told_to_an_endpoint() {
+        for protocol in ["h2c", "tcp", "TLS/1.3", "HTTP/2.0"] {
+            let connection = ("connection", "Upgrade, HTTP2-Settings");
+            let asked =
+                outgoing(&[connection, ("upgrade", protocol), ("http2-settings", "AAMAAABk")], Some(0));
+            assert!(!asked.headers.contains_key(UPGRADE) && !asked.headers.contains_key(CONNECTION));
+        }
+        let both = [("connection", "upgrade"), ("upgrade", "h2c, WebSocket"), ("http2-settings", "AAMAAABk")];
+        let both = outgoing(&both, Some(0));
+        assert_eq!(both.headers[UPGRADE], WEBSOCKET);
+        assert!(!both.headers.contains_key("http2-settings"));
+    }
+
+    #[test]
+    fn a_length_beside_an_encoding_is_not_believed() {
+        for (given, wanted) in [
+            (vec![("content-length", "5"), ("transfer-encoding", "chunked")], None),
+            // To HEAD, or with 304.
+            (vec![("content-length", "5")], Some("5")),
+        ] {
+            let mut headers = parts("/", &given).headers;
+            make_incoming(&mut headers);
+            let found = headers.get(CONTENT_LENGTH).map(|value| value.to_str().unwrap());
+            assert_eq!((found, headers.len()), (wanted, usize::from(wanted.is_some())));
+        }
     }
 
     #[test]

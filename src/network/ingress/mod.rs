@@ -6,7 +6,7 @@
 //! the daemon.
 //!
 //! `server` (sockets) → `proxy` (one request) → `pool` (connections to endpoints); `routes`, `headers` and `pages` are
-//! pure.
+//! pure. The relay of published ports takes its places, its sockets and its tunnels from here.
 //!
 //! Invariant: a request that is being answered when its endpoint or its route goes is answered to its end
 //! (`a_removed_endpoint_ends_what_it_began`).
@@ -23,16 +23,18 @@ mod proxy;
 mod routes;
 mod server;
 mod socket;
+mod stalled;
 #[cfg(test)]
 mod tests;
 mod tls;
 mod tunnel;
 
 pub use counts::{IngressCounts, RouteCounts};
+pub(super) use places::{CONNECTIONS_MAX, Place, Places};
 pub use routes::{Route, RouteKey, RouteOptions, Routes};
 pub use server::{Ingress, IngressConfig, IngressError};
-pub(super) use socket::Socket;
+pub(super) use socket::{STALLED_LIMIT, Socket, tune};
 pub use tls::{
-    CertificateAbout, CertificateError, CertificateSource, CertifiedKey, HostCertificate,
-    certificate_from_pem, covers,
+    CertificateAbout, CertificateError, CertifiedKey, HostCertificate, certificate_from_pem, covers,
 };
+pub(super) use tunnel::{LINGER_LIMIT, join};

@@ -12,7 +12,7 @@ use super::clock::Clock;
 use super::counts::add;
 use super::headers::{self, Arrival, Target};
 use super::pages::{page, wants_html};
-use super::places::Place;
+use super::places::{Place, Places};
 use super::pool::{Lent, Pool};
 use super::routes::{LiveRoute, Table};
 use super::tls::Resolver;
@@ -40,7 +40,12 @@ pub struct Proxy {
     pub pool: Arc<Pool>,
     pub clock: Arc<Clock>,
     pub tasks: Arc<TaskGroup>,
+    pub requests: Arc<Places>,
+    /// Every wait here wakes its task that often: one that sleeps for longer waits for its client.
+    pub nap_limit: Duration,
     pub unrouted: AtomicU64,
+    /// Requests for which there was no place.
+    pub refused: AtomicU64,
 }
 
 /// A request on its way, and what its attempts share.
@@ -120,15 +125,15 @@ impl Proxy {
             return Ok(page(StatusCode::NOT_FOUND, &sentence, is_html));
         };
         add(&live.counters.requests, 1);
-        let in_flight = InFlight::new(live.counters.clone());
         let refusal = self.redirect(&live, &table, &parts, &target, arrival).or_else(|| {
             let (status, sentence) = exceeds(&live, &body).then(|| too_large(&live))?;
             Some(page(status, &sentence, is_html))
         });
         let response = if let Some(response) = refusal {
             response
-        } else {
-            let upgrade = headers::wanted_upgrade(&parts).map(|_| (upgrade, place));
+        } else if let Some(request) = self.requests.take(arrival.client) {
+            let in_flight = InFlight::new(live.counters.clone(), request);
+            let upgrade = headers::wants_websocket(&parts).then_some((upgrade, place));
             match headers::make_outgoing(&mut parts, &target, arrival, body.size_hint().exact()) {
                 Err(bad) => refuse(bad),
                 Ok(()) => {
@@ -136,6 +141,9 @@ impl Proxy {
                     passed.unwrap_or_else(|failure| failure.page(&live, is_html))
                 }
             }
+        } else {
+            add(&self.refused, 1);
+            page(StatusCode::SERVICE_UNAVAILABLE, "this node has too many requests now", is_html)
         };
         live.counters.count_answer(response.status());
         Ok(response)
@@ -185,10 +193,11 @@ impl Proxy {
         let errand = Errand { live, parts, is_repeatable, progress };
         let (response, lent) = self.send(&errand, body.boxed_unsync()).await?;
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            let upgrade = upgrade.filter(|_| headers::is_websocket(response.headers()));
             return self.switch(response, upgrade.ok_or(Failure::Unasked)?, in_flight);
         }
         let (mut parts, body) = response.into_parts();
-        headers::remove_hop_by_hop(&mut parts.headers);
+        headers::make_incoming(&mut parts.headers);
         let idle_limit = errand.live.route.options.idle_limit;
         let body = ResponseBody::new(body, lent, self, idle_limit, in_flight);
         Ok(Response::from_parts(parts, body.boxed_unsync()))
@@ -262,13 +271,13 @@ impl Proxy {
                 if due <= Instant::now() {
                     return None;
                 }
-                self.clock.until(due).await;
+                self.clock.until(due.min(Instant::now() + self.nap_limit)).await;
             }
         })
         .await
     }
 
-    /// From here on bytes pass both ways, whatever they mean.
+    /// From here on bytes pass both ways.
     fn switch(
         &self,
         mut response: Response<Incoming>,
@@ -277,12 +286,11 @@ impl Proxy {
     ) -> Result<Response<Outgoing>, Failure> {
         let endpoint = hyper::upgrade::on(&mut response);
         let (mut parts, _) = response.into_parts();
-        let protocol = parts.headers.get(UPGRADE).cloned();
-        headers::remove_hop_by_hop(&mut parts.headers);
+        headers::make_incoming(&mut parts.headers);
         parts.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
-        parts.headers.extend(protocol.map(|protocol| (UPGRADE, protocol)));
+        parts.headers.insert(UPGRADE, headers::WEBSOCKET);
         self.tasks.spawn(async move {
-            tunnel::join(client, endpoint).await;
+            tunnel::join_upgraded(client, endpoint).await;
             drop((place, in_flight));
         });
         Ok(Response::from_parts(parts, full("")))

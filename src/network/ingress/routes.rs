@@ -58,7 +58,7 @@ pub struct Routes {
     pub http_port: u16,
     pub https_port: u16,
     pub routes: Vec<Route>,
-    /// Certificates that somebody gave; for other hosts the source of the ingress is asked.
+    /// A handshake for any other host fails.
     pub certificates: Vec<HostCertificate>,
     /// Of ACME (RFC 8555 8.3): token → what is answered for it, to anybody on any host.
     pub challenges: BTreeMap<String, String>,
@@ -105,10 +105,9 @@ pub struct Table {
 }
 
 impl Table {
-    /// Counters are taken over from `old`.
+    /// Counters and turns are taken over from `old`.
     pub fn new(routes: Routes, old: &Table) -> Table {
-        let kept: BTreeMap<RouteKey, Arc<RouteCounters>> =
-            old.routes().map(|live| (live.key.clone(), live.counters.clone())).collect();
+        let kept = old.routes().map(|live| (live.key.clone(), live.clone())).collect();
         let mut table = Table {
             certificates: routes
                 .certificates
@@ -130,7 +129,7 @@ impl Table {
         table
     }
 
-    fn add(&mut self, mut route: Route, kept: &BTreeMap<RouteKey, Arc<RouteCounters>>) {
+    fn add(&mut self, mut route: Route, kept: &BTreeMap<RouteKey, Arc<LiveRoute>>) {
         route.path_prefix.truncate(route.path_prefix.trim_end_matches('/').len());
         route.host = route.host.map(|host| host.to_ascii_lowercase());
         let key = RouteKey {
@@ -146,8 +145,10 @@ impl Table {
                 None => self.exact.entry(host.into()).or_default(),
             },
         };
-        let counters = kept.get(&key).cloned().unwrap_or_default();
-        place.push(Arc::new(LiveRoute { route, key, counters, turn: AtomicUsize::new(0) }));
+        let old = kept.get(&key);
+        let counters = old.map(|old| old.counters.clone()).unwrap_or_default();
+        let turn = AtomicUsize::new(old.map_or(0, |old| old.turn.load(Ordering::Relaxed)));
+        place.push(Arc::new(LiveRoute { route, key, counters, turn }));
     }
 
     /// `host` in lower case, without a port.
@@ -261,9 +262,14 @@ mod tests {
     }
 
     #[test]
-    fn counters_outlive_a_table() {
+    fn counters_and_turns_outlive_a_table() {
         let old = table();
-        old.find("shop.example.org", "/").unwrap().counters.requests.fetch_add(7, Ordering::Relaxed);
+        let live = old.find("shop.example.org", "/").unwrap();
+        live.counters.requests.fetch_add(7, Ordering::Relaxed);
+        let first = |live: &LiveRoute| live.endpoints_in_turn(1)[0].ip().octets()[3];
+        assert_eq!(first(live), 1);
+        let same = Table::new(Routes { routes: vec![live.route.clone()], ..Routes::default() }, &old);
+        assert_eq!(first(same.find("shop.example.org", "/").unwrap()), 2, "the next one's turn");
         let mut moved = route(Some("shop.example.org"), "", "shop");
         moved.endpoints.clear();
         let new = Table::new(Routes { routes: vec![moved], ..Routes::default() }, &old);

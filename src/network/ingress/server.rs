@@ -3,12 +3,13 @@
 use super::clock::{Clock, HyperClock};
 use super::counts::{IngressCounts, add};
 use super::headers::Arrival;
-use super::places::{Place, Places};
+use super::places::{CONNECTIONS_MAX, Place, Places, REQUESTS_MAX};
 use super::pool::Pool;
 use super::proxy::Proxy;
 use super::routes::{Routes, Table};
-use super::socket::Socket;
-use super::tls::{ALPN_HTTP2, CertificateError, CertificateSource, Resolver, acceptor};
+use super::socket::{STALLED_LIMIT, Socket, tune};
+use super::stalled::unless_stalled;
+use super::tls::{ALPN_HTTP2, CertificateError, Resolver, acceptor};
 use crate::tasks::{TaskGroup, lock, within};
 use async_channel::{Receiver, Sender};
 use async_executor::Executor;
@@ -35,8 +36,6 @@ const HEAD_BYTES_MAX: usize = 64 << 10;
 const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 /// The same when the daemon stops.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
-/// A client that takes nothing for this long is gone, also if its system still answers.
-const STALLED_LIMIT_MS: u32 = 120_000;
 /// After `accept` failed, as with too many open files.
 const PAUSE: Duration = Duration::from_millis(100);
 const STREAMS_MAX: u32 = 64;
@@ -59,14 +58,14 @@ pub enum IngressError {
 pub struct IngressConfig {
     /// Usually 0.0.0.0 and [::].
     pub listen: Vec<IpAddr>,
-    /// For hosts without a certificate of their own.
-    pub certificates: Option<CertificateSource>,
+    /// A client that takes nothing for this long is gone, also if its system still answers.
+    pub stalled_limit: Duration,
 }
 
 impl Default for IngressConfig {
     fn default() -> IngressConfig {
         let listen = vec![Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
-        IngressConfig { listen, certificates: None }
+        IngressConfig { listen, stalled_limit: STALLED_LIMIT }
     }
 }
 
@@ -95,6 +94,7 @@ struct Shared {
     proxy: Arc<Proxy>,
     acceptor: TlsAcceptor,
     places: Arc<Places>,
+    stalled_limit: Duration,
     connections: Arc<TaskGroup>,
     refused: AtomicU64,
     failed_handshakes: AtomicU64,
@@ -107,7 +107,7 @@ impl Ingress {
         executor: &Arc<Executor<'static>>,
     ) -> Result<Ingress, CertificateError> {
         let table = Arc::<RwLock<Arc<Table>>>::default();
-        let resolver = Arc::new(Resolver { table: table.clone(), source: config.certificates.clone() });
+        let resolver = Arc::new(Resolver { table: table.clone() });
         let connections = TaskGroup::new(executor.clone());
         let tasks = TaskGroup::new(executor.clone());
         let shared = Arc::new(Shared {
@@ -118,9 +118,13 @@ impl Ingress {
                 pool: Pool::new(tasks.clone()),
                 clock: Clock::new(tasks.clone()),
                 tasks: tasks.clone(),
+                requests: Places::new(REQUESTS_MAX),
+                nap_limit: config.stalled_limit / 2,
                 unrouted: AtomicU64::new(0),
+                refused: AtomicU64::new(0),
             }),
-            places: Arc::default(),
+            places: Places::new(CONNECTIONS_MAX),
+            stalled_limit: config.stalled_limit,
             connections: connections.clone(),
             refused: AtomicU64::new(0),
             failed_handshakes: AtomicU64::new(0),
@@ -161,7 +165,7 @@ impl Ingress {
 
     fn wanted(&self, routes: &Routes) -> BTreeSet<Wanted> {
         let is_needed = !routes.routes.is_empty() || !routes.challenges.is_empty();
-        let has_tls = !routes.certificates.is_empty() || self.config.certificates.is_some();
+        let has_tls = !routes.certificates.is_empty();
         let ports = [(false, routes.http_port, is_needed), (true, routes.https_port, is_needed && has_tls)];
         let mut wanted = BTreeSet::new();
         for (is_tls, port, _) in ports.into_iter().filter(|(_, _, is_wanted)| *is_wanted) {
@@ -198,7 +202,7 @@ impl Ingress {
         IngressCounts {
             connections: self.shared.places.count(),
             idle_connections: proxy.pool.idle_connections(),
-            refused: self.shared.refused.load(Ordering::Relaxed),
+            refused: self.shared.refused.load(Ordering::Relaxed) + proxy.refused.load(Ordering::Relaxed),
             failed_handshakes: self.shared.failed_handshakes.load(Ordering::Relaxed),
             unrouted: proxy.unrouted.load(Ordering::Relaxed),
             routes: table.routes().map(|live| live.counts()).collect(),
@@ -262,17 +266,9 @@ async fn accept(shared: Arc<Shared>, listener: Async<TcpListener>, is_tls: bool,
             }
             continue;
         };
-        tune(&stream);
+        tune(&stream, shared.stalled_limit);
         shared.connections.spawn(serve(shared.clone(), stream, arrival, place, closing.clone()));
     }
-}
-
-/// What can't be set is done without.
-fn tune(stream: &Async<TcpStream>) {
-    let _ = stream.get_ref().set_nodelay(true);
-    let _ = sockopt::set_socket_keepalive(stream, true);
-    let _ = sockopt::set_tcp_keepidle(stream, Duration::from_secs(60));
-    let _ = sockopt::set_tcp_user_timeout(stream, STALLED_LIMIT_MS);
 }
 
 async fn serve(
@@ -325,7 +321,7 @@ async fn serve_http2<Stream>(
 ) where
     Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let spawner = Spawner(shared.proxy.tasks.clone());
+    let spawner = Spawner(shared.clone());
     let clock = HyperClock(shared.proxy.clock.clone());
     let service = service_fn(move |request| shared.proxy.clone().answer(arrival, place.clone(), request));
     let connection = hyper::server::conn::http2::Builder::new(spawner)
@@ -366,15 +362,17 @@ async fn to_its_end<Connection>(
     }
 }
 
-/// Streams of one HTTP/2 connection are tasks.
+/// Streams of one HTTP/2 connection are tasks. To hyper a stream whose client opens no window may wait for ever, and the
+/// connection goes on: only the stream is ended, which resets it.
 #[derive(Clone)]
-struct Spawner(Arc<TaskGroup>);
+struct Spawner(Arc<Shared>);
 
 impl<Work> hyper::rt::Executor<Work> for Spawner
 where
     Work: Future<Output = ()> + Send + 'static,
 {
     fn execute(&self, work: Work) {
-        self.0.spawn(work);
+        let proxy = &self.0.proxy;
+        proxy.tasks.spawn(unless_stalled(work, proxy.clock.clone(), self.0.stalled_limit));
     }
 }

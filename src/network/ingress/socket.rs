@@ -7,17 +7,30 @@
 use async_io::Async;
 use futures_lite::{AsyncRead, AsyncWrite};
 use hyper::rt::{Read, ReadBufCursor, Write};
+use rustix::net::sockopt;
 use std::cell::RefCell;
 use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 const READ_BYTES_MAX: usize = 16 << 10;
+const KEEPALIVE_AFTER: Duration = Duration::from_secs(60);
+/// How long the other side of a connection may take nothing, or not answer the kernel.
+pub const STALLED_LIMIT: Duration = Duration::from_secs(120);
 
 thread_local! {
     /// hyper's buffers may not be initialised; what comes is copied there, which is less than zeroing them each time.
     static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES_MAX]);
+}
+
+/// For a connection whose other side may vanish without a word. What can't be set is done without.
+pub fn tune(stream: &Async<TcpStream>, stalled_limit: Duration) {
+    let _ = stream.get_ref().set_nodelay(true);
+    let _ = sockopt::set_socket_keepalive(stream, true);
+    let _ = sockopt::set_tcp_keepidle(stream, KEEPALIVE_AFTER);
+    let _ = sockopt::set_tcp_user_timeout(stream, stalled_limit.as_millis() as u32);
 }
 
 pub struct Socket {

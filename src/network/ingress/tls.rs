@@ -1,7 +1,6 @@
 //! Certificates for the hosts that clients name, and TLS with them.
 //!
-//! The name in the handshake (SNI) → a certificate of the table, else of the source that the owner gave, else the
-//! handshake fails. TLS 1.3 only, HTTP/2 or HTTP/1.1 by ALPN. Nobody is asked for a certificate.
+//! The name in the handshake (SNI) → a certificate of the table, else the handshake fails. TLS 1.3 only, HTTP/2 or HTTP/1.1 by ALPN. Nobody is asked for a certificate.
 
 use super::routes::Table;
 use futures_rustls::TlsAcceptor;
@@ -12,11 +11,6 @@ use rustls::server::{ClientHello, ResolvesServerCert};
 pub use rustls::sign::CertifiedKey;
 use std::fmt;
 use std::sync::{Arc, RwLock};
-
-/// For hosts without a certificate of their own, in lower case; empty for a client that names none, as with an address for
-/// a host. It is called during handshakes and must not wait: what it makes, it
-/// keeps.
-pub type CertificateSource = Arc<dyn Fn(&str) -> Option<Arc<CertifiedKey>> + Send + Sync>;
 
 pub const ALPN_HTTP2: &[u8] = b"h2";
 const ALPN_HTTP1: &[u8] = b"http/1.1";
@@ -99,13 +93,12 @@ pub fn covers(certificate: &CertifiedKey, host: &str) -> Result<CertificateAbout
 
 pub struct Resolver {
     pub table: Arc<RwLock<Arc<Table>>>,
-    pub source: Option<CertificateSource>,
 }
 
 impl Resolver {
     pub fn certificate(&self, host: &str) -> Option<Arc<CertifiedKey>> {
         let table = self.table.read().unwrap_or_else(|poison| poison.into_inner()).clone();
-        table.certificate(host).or_else(|| self.source.as_ref()?(host))
+        table.certificate(host)
     }
 }
 

@@ -137,8 +137,13 @@ impl Tunnel {
         Ok(tunnel)
     }
 
-    pub fn slot(&self) -> Slot {
-        self.slot
+    /// Whether its interface is there, and served: somebody may have taken it away.
+    pub fn is_alive(&self) -> bool {
+        let is_served = match &self.driver {
+            Driver::Kernel(_) => true,
+            Driver::Userspace(userspace) => userspace.is_running(),
+        };
+        is_served && link::index_of(self.slot.link_name()).is_ok()
     }
 
     pub fn public_key(&self) -> PublicKey {

@@ -44,7 +44,6 @@ impl Userspace {
         let wake = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
         let (orders, ordered) = mpsc::channel();
         let public = x25519::PublicKey::from(&private);
-        let limiter = Arc::new(RateLimiter::new(&public, HANDSHAKES_PER_SECOND));
         let engine = Engine {
             tun,
             socket,
@@ -52,7 +51,8 @@ impl Userspace {
             ordered,
             private,
             public,
-            limiter,
+            door: RateLimiter::new(&public, HANDSHAKES_PER_SECOND),
+            unlimited: Arc::new(RateLimiter::new(&public, u64::MAX)),
             peers: Vec::new(),
             next_index: 1,
             by_network: BTreeMap::new(),
@@ -63,9 +63,13 @@ impl Userspace {
     }
 
     fn order(&self, order: Order) {
-        // The thread only ends when told to.
+        // Without its interface the thread has ended: `is_running` tells.
         let _ = crate::tasks::lock(&self.orders).send(order);
         let _ = rustix::io::write(&*self.wake, &1u64.to_ne_bytes());
+    }
+
+    pub fn is_running(&self) -> bool {
+        self.thread.as_ref().is_some_and(|thread| !thread.is_finished())
     }
 
     pub fn put_peer(&self, peer: TunnelPeer) {
@@ -102,7 +106,10 @@ struct Engine {
     ordered: mpsc::Receiver<Order>,
     private: x25519::StaticSecret,
     public: x25519::PublicKey,
-    limiter: Arc<RateLimiter>,
+    /// Before anything costly is done for a handshake of anybody.
+    door: RateLimiter,
+    /// Of the sessions: what comes to them has passed the door, and is not counted twice.
+    unlimited: Arc<RateLimiter>,
     peers: Vec<Peer>,
     /// Names a session in the packets of its peer; never used twice.
     next_index: u32,
@@ -175,7 +182,7 @@ impl Engine {
             None,
             None,
             index,
-            Some(self.limiter.clone()),
+            Some(self.unlimited.clone()),
         );
         self.peers.push(Peer { known, index, session, begun: None });
     }
@@ -207,6 +214,9 @@ impl Engine {
         for _ in 0..PACKETS_AT_ONCE {
             let Ok((length, from)) = self.socket.recv_from(packet) else { return };
             let packet = &packet[..length];
+            if !self.admits(packet, from, buffer) {
+                continue;
+            }
             let Some(place) = self.sender_of(packet) else { continue };
             let peer = &mut self.peers[place];
             let mut outcome = peer.session.decapsulate(Some(from.ip()), packet, buffer);
@@ -221,6 +231,19 @@ impl Engine {
                 // A full queue drops it, as an interface does.
                 let _ = rustix::io::write(&self.tun, opened);
             }
+        }
+    }
+
+    /// Whether a packet is worth the key exchange that its sender is known by: a handshake proves that it knows this
+    /// node's key, and when there are many, that it gets what is sent to its address (WireGuard's paper, 5.3 and 5.4).
+    fn admits(&self, packet: &[u8], from: SocketAddr, buffer: &mut [u8]) -> bool {
+        match self.door.verify_packet(Some(from.ip()), packet, buffer) {
+            Ok(_) => true,
+            Err(TunnResult::WriteToNetwork(cookie)) => {
+                send(&self.socket, cookie, from);
+                false
+            }
+            Err(_) => false,
         }
     }
 
@@ -239,7 +262,7 @@ impl Engine {
     }
 
     fn tick(&mut self, buffer: &mut [u8]) {
-        self.limiter.reset_count();
+        self.door.reset_count();
         for peer in &mut self.peers {
             let endpoint = peer.known.endpoint.into();
             if let TunnResult::WriteToNetwork(packet) = peer.session.update_timers(buffer) {
@@ -285,7 +308,8 @@ mod tests {
             ordered: mpsc::channel().1,
             private,
             public,
-            limiter: Arc::new(RateLimiter::new(&public, HANDSHAKES_PER_SECOND)),
+            door: RateLimiter::new(&public, HANDSHAKES_PER_SECOND),
+            unlimited: Arc::new(RateLimiter::new(&public, u64::MAX)),
             peers: Vec::new(),
             next_index: 1,
             by_network: BTreeMap::new(),
@@ -315,5 +339,36 @@ mod tests {
         two.put(renewed);
         assert_eq!((two.sender_of(&first), two.peers.len()), (None, 2));
         assert_eq!(two.sender_of(b"no packet of the protocol"), None);
+    }
+
+    #[test]
+    fn a_handshake_costs_nothing_before_it_has_proved_what_it_can() {
+        let (mut one, mut two) = (engine(1), engine(2));
+        one.put(known(&two, 2));
+        two.put(known(&one, 1));
+        let mut buffer = vec![0; 2048];
+        let TunnResult::WriteToNetwork(first) = one.peers[0].session.encapsulate(&[0x45; 40], &mut buffer)
+        else {
+            panic!("a handshake is begun")
+        };
+        let first = first.to_vec();
+        let from = one.socket.local_addr().unwrap();
+        let mut forged = first.clone();
+        // In the first of its two sums.
+        forged[116] ^= 1;
+        assert!(!two.admits(&forged, from, &mut buffer));
+        let admitted =
+            (0..HANDSHAKES_PER_SECOND + 9).filter(|_| two.admits(&first, from, &mut buffer)).count();
+        assert_eq!(admitted, HANDSHAKES_PER_SECOND as usize);
+        // Who is sent a cookie proves with it that the address is its own.
+        let length = one.socket.recv(&mut buffer).unwrap();
+        let cookie = buffer[..length].to_vec();
+        assert_eq!(one.sender_of(&cookie), Some(0));
+        one.peers[0].session.decapsulate(Some(from.ip()), &cookie, &mut buffer);
+        let again = one.peers[0].session.format_handshake_initiation(&mut buffer, true);
+        let TunnResult::WriteToNetwork(again) = again else { panic!("a handshake is begun again") };
+        let again = again.to_vec();
+        assert!(two.admits(&again, from, &mut buffer));
+        assert_eq!(two.sender_of(&again), Some(0));
     }
 }

@@ -262,6 +262,19 @@ impl Drop for Endpoint {
     }
 }
 
+/// Answers that depend on nothing, and whether the connection goes on.
+fn canned(path: &str) -> Option<(&'static str, bool)> {
+    Some(match path {
+        "/h2c" => ("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: h2c\r\n\r\n", false),
+        "/two-lengths" => (
+            "HTTP/1.1 200 OK\r\ncontent-length: 2\r\ntransfer-encoding: chunked\r\n\r\n5\r\nwhole\r\n0\r\n\r\n",
+            true,
+        ),
+        "/garbage" => ("this is not HTTP\r\n\r\n", false),
+        _ => return None,
+    })
+}
+
 impl Behaviour {
     fn serve(&self, stream: TcpStream) {
         let mut reader = BufReader::new(stream.try_clone().unwrap());
@@ -294,6 +307,10 @@ impl Behaviour {
         reader: &mut BufReader<TcpStream>,
         writer: &mut TcpStream,
     ) -> io::Result<bool> {
+        if let Some((reply, goes_on)) = canned(path) {
+            writer.write_all(reply.as_bytes())?;
+            return Ok(goes_on);
+        }
         let whole = |text: &str| format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{text}", text.len());
         match path {
             "/close" => return Ok(false),
@@ -329,10 +346,6 @@ impl Behaviour {
             "/huge-head" => {
                 writer
                     .write_all(format!("HTTP/1.1 200 OK\r\nx: {}\r\n\r\n", "y".repeat(200_000)).as_bytes())?;
-                return Ok(false);
-            }
-            "/garbage" => {
-                writer.write_all(b"this is not HTTP\r\n\r\n")?;
                 return Ok(false);
             }
             _ => {}

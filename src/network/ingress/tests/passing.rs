@@ -153,6 +153,16 @@ fn a_websocket_passes_both_ways_until_both_have_ended() {
     until("the tunnel's place is free", || site.counts().connections == 0);
     // Nobody asked for another protocol here.
     assert_eq!(site.get("/ws").status, 502);
+    let upgrade = "host: shop.test\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n";
+    assert_eq!(site.connect().ask(&format!("GET /h2c HTTP/1.1\r\n{upgrade}")).status, 502, "not that one");
+}
+
+#[test]
+fn an_answer_with_two_lengths_passes_whole() {
+    let endpoint = Endpoint::start("web");
+    let site = Site::plain(vec![route("/", &[endpoint.address])]);
+    let answer = site.get("/two-lengths");
+    assert_eq!((answer.body.as_str(), header(&answer.head, "content-length")), ("whole", None));
 }
 
 /// Two readings of where a request ends would let a client put words into the next one's mouth.
