@@ -20,7 +20,7 @@ pub use ids::{
     AppName, ClusterId, InstanceId, NodeId, PublicKey, RequestId, ServiceId, StartId, StoreId, TokenId,
 };
 pub use instance::{Desired, Exit, Instance, Observed, Phase};
-pub use local_network::LocalNetwork;
+pub use local_network::{LocalNetwork, source_of};
 pub use node::{Architecture, Condition, Node, NodeSize};
 pub use secret::{SecretName, SecretNameError};
 pub use settings::Settings;

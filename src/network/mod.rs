@@ -71,8 +71,6 @@ fn kernel(step: impl Into<String>) -> impl FnOnce(io::Error) -> NetworkError {
 
 #[derive(Clone, Debug)]
 pub struct NetworkConfig {
-    /// 8 hexadecimal digits of the node's id.
-    pub tag: String,
     /// A /16.
     pub container_range: Ipv4Addr,
     /// Which /24 of it is this node's.

@@ -157,8 +157,7 @@ impl<'a> Run<'a> {
             Carrier { transport: transport.clone(), executor: executor.clone(), late: late.clone(), halt };
         let holdable = Arc::new(AtomicU16::new(0));
         let health = HealthWatch::start(&data_dir);
-        let replica =
-            start_replica(&data_dir, (node, start_id), carrier, (holdable.clone(), health.clone()))?;
+        let replica = start_replica(&data_dir, (node, start_id), carrier, (&holdable, &health))?;
         // Before anyone is greeted: a greeting without the log's end would look like an old backup.
         if let Some(status) = async_io::block_on(replica.handle().status()) {
             transport.set_position(status.term, status.last_index);
@@ -344,7 +343,7 @@ impl<'a> Run<'a> {
         let cluster = state.cluster().context("the cluster is not founded")?;
         let tag = format!("{:08x}", membership.store_id.0 as u32);
         let runtime = Arc::new(Runtime::open(RuntimeConfig {
-            node_tag: tag.clone(),
+            node_tag: tag,
             data_dir: data_dir.clone(),
             run_dir: self.config.run_dir(),
             program: None,
@@ -354,7 +353,6 @@ impl<'a> Run<'a> {
             warn!(%error, "containers together have no memory limit");
         }
         let network = Arc::new(Network::open(NetworkConfig {
-            tag,
             container_range: cluster.container_range,
             number: row.number,
             vip_range: cluster.vip_range,
@@ -463,10 +461,10 @@ fn start_replica(
     data_dir: &std::path::Path,
     (node, start_id): (NodeId, StartId),
     carrier: Carrier,
-    (holdable, health): (Arc<AtomicU16>, Arc<HealthWatch>),
+    (holdable, health): (&Arc<AtomicU16>, &Arc<HealthWatch>),
 ) -> Result<Replica> {
     let store = SqliteStore::open(data_dir)?;
-    let gauge = machine::Gauge::new(data_dir.into(), holdable, health);
+    let gauge = machine::Gauge::new(data_dir.into(), holdable.clone(), health.clone());
     let is_founding = founding::pending_founding(data_dir).is_some();
     let config = ReplicaConfig {
         control: ControlConfig { node, start_id, seed: start_id.0 as u64 },

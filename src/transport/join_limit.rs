@@ -6,9 +6,10 @@
 //! Invariant: at most 8 at once and 5 failures a minute per source (`floods_are_limited`).
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 
 use super::hello::{Refusal, RefusalCode};
+use crate::model::source_of;
 
 pub(super) const JOINS_AT_ONCE_MAX: usize = 8;
 pub(super) const FAILURES_A_MINUTE_MAX: usize = 5;
@@ -29,17 +30,6 @@ pub(super) enum JoinOutcome {
     /// Counted elsewhere, or not by the source's fault.
     Refused,
     Failed,
-}
-
-fn source_of(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(address) => {
-            let segments = address.segments();
-            let [first, second, third, fourth, ..] = segments;
-            IpAddr::V6(Ipv6Addr::new(first, second, third, fourth, 0, 0, 0, 0))
-        }
-        address => address,
-    }
 }
 
 impl JoinLimit {

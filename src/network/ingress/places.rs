@@ -1,8 +1,9 @@
 //! How many connections or requests may be open, in all and from one source, so that one client can't take all.
 
+use crate::model::source_of;
 use crate::tasks::lock;
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 
 /// Each holds some 20 kB while a request passes, and a file descriptor.
@@ -31,17 +32,6 @@ pub struct Places {
 pub struct Place {
     places: Arc<Places>,
     source: IpAddr,
-}
-
-/// What counts as one client: an IPv4 address, or a /64, of which each host on an IPv6 network has all addresses.
-fn source_of(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(address) => {
-            let [first, second, third, fourth, ..] = address.segments();
-            Ipv6Addr::new(first, second, third, fourth, 0, 0, 0, 0).into()
-        }
-        address => address,
-    }
 }
 
 impl Places {
@@ -82,6 +72,7 @@ impl Drop for Place {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::Ipv6Addr;
 
     #[test]
     fn one_source_cannot_take_all_places() {
