@@ -1,12 +1,15 @@
 //! The prompt on a board's screen and serial line: `tinydc console`, started by the first process.
 //!
 //! Input: lines that a person types. Output: the same verbs as anywhere, run as processes of their own, under a screen
-//! that says what this board is: name, address, cluster, leader, instances, how to join, the last problem. On a screen
+//! that says what this board is: name, address, cluster, leader, instances, its code, the last problem. On a screen
 //! (80×25) it is drawn anew when something changed and nobody types; a serial line gets it only when it is asked for.
+//! Where the screen says so, Enter founds a cluster.
 
 use super::lab;
 use super::terminal;
 use crate::boot;
+use crate::node::CLUSTER_NAME;
+use crate::transport::pending::{Neighbours, find_cluster};
 use serde_json::Value;
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -21,6 +24,8 @@ use std::time::Duration;
 const SOCKET: &str = "/run/tinydc/api.sock";
 const WIDTH: usize = 79;
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Before Enter founds a cluster: a member on the network answers well within it.
+const LISTEN_FOR: Duration = Duration::from_secs(3);
 const LINE_BYTES_MAX: usize = 4096;
 const LOG_LINES: usize = 18;
 const CLEAR: &str = "\x1b[H\x1b[2J";
@@ -37,7 +42,7 @@ At a board's prompt, beside the verbs (help lists them):
 pub fn main() -> ExitCode {
     terminal::print_bytes(b"\n");
     let is_screen = std::env::var("TERM").is_ok_and(|term| term == "linux");
-    let mut prompt = Prompt { is_screen, shown: String::new() };
+    let mut prompt = Prompt { is_screen, shown: String::new(), is_founding_offered: false };
     prompt.run();
     ExitCode::SUCCESS
 }
@@ -46,6 +51,33 @@ struct Prompt {
     is_screen: bool,
     /// The screen as it was drawn last.
     shown: String,
+    /// It says that Enter founds a cluster.
+    is_founding_offered: bool,
+}
+
+/// What a screen is drawn from.
+#[derive(Default)]
+struct Facts {
+    /// What the first process wrote.
+    report: String,
+    /// The daemon's answers.
+    status: Option<Value>,
+    joining: Option<Value>,
+}
+
+impl Facts {
+    fn read() -> Facts {
+        let ask = |path: &str| lab::ask(Path::new(SOCKET), "GET", path, &[]).ok()?.json().ok();
+        Facts {
+            report: fs::read_to_string(boot::REPORT_FILE).unwrap_or_default(),
+            status: ask("/v1/status"),
+            joining: ask("/v1/joining"),
+        }
+    }
+
+    fn waits_for_cluster(&self) -> bool {
+        self.joining.as_ref().is_some_and(|joining| joining["state"] == "waiting")
+    }
 }
 
 fn print(text: &str) {
@@ -60,6 +92,7 @@ impl Prompt {
         loop {
             let Some(line) = self.read_line() else { return };
             match line.split_whitespace().next() {
+                None if self.is_founding_offered => self.found(),
                 None => self.draw(),
                 Some("reboot") => ask_first_process(nix::sys::signal::Signal::SIGTERM),
                 Some("poweroff") => ask_first_process(nix::sys::signal::Signal::SIGUSR2),
@@ -67,14 +100,38 @@ impl Prompt {
                 Some("report") => print(&fs::read_to_string(boot::REPORT_FILE).unwrap_or_default()),
                 Some(_) => run_verb(&line),
             }
+            // What was offered has scrolled away.
+            self.is_founding_offered = self.is_founding_offered && line.is_empty();
             print(&format!("{}> ", host_name()));
         }
     }
 
     fn draw(&mut self) {
-        self.shown = screen(&fs::read_to_string(boot::REPORT_FILE).unwrap_or_default(), status().as_ref());
+        let facts = Facts::read();
+        self.is_founding_offered = facts.waits_for_cluster();
+        self.shown = screen(&facts);
         let clear = if self.is_screen { CLEAR } else { "" };
         print(&format!("{clear}{}\n{}> ", self.shown, host_name()));
+    }
+
+    /// Founds a cluster on this board, unless there is one: two beside each other are never what was meant.
+    fn found(&mut self) {
+        self.is_founding_offered = false;
+        print("looking for a cluster on this network …\n");
+        // Any other founder goes first.
+        match async_io::block_on(find_cluster(CLUSTER_NAME, &[0xff; 16], LISTEN_FOR)) {
+            Neighbours::Cluster(address) => print(&format!(
+                "A cluster called {CLUSTER_NAME} answers at {address}. A member of it takes this board in by its code; \
+                 init founds another cluster all the same.\n"
+            )),
+            Neighbours::Founder(other) => print(&format!(
+                "{} at {} is about to found a cluster, which can take this board in by its code; init founds \
+                 another one all the same.\n",
+                other.name,
+                other.address.ip()
+            )),
+            Neighbours::None => run_verb("init"),
+        }
     }
 
     /// A line; `None` when the terminal is gone. While nobody types, a screen is kept true.
@@ -85,8 +142,7 @@ impl Prompt {
             if is_typed {
                 break;
             }
-            let now = screen(&fs::read_to_string(boot::REPORT_FILE).unwrap_or_default(), status().as_ref());
-            if now != self.shown {
+            if screen(&Facts::read()) != self.shown {
                 self.draw();
             }
         }
@@ -181,12 +237,9 @@ fn split(line: &str) -> Result<Vec<String>, &'static str> {
     Ok(words)
 }
 
-fn status() -> Option<Value> {
-    lab::ask(Path::new(SOCKET), "GET", "/v1/status", &[]).ok()?.json().ok()
-}
-
-/// The screen's text: `report` is what the first process wrote, `status` the daemon's answer.
-fn screen(report: &str, status: Option<&Value>) -> String {
+/// The screen's text.
+fn screen(facts: &Facts) -> String {
+    let Facts { report, status, joining } = facts;
     let value = |key: &str| report.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(": "));
     let mut text = String::new();
     let mut row = |name: &str, value: &str| {
@@ -197,6 +250,7 @@ fn screen(report: &str, status: Option<&Value>) -> String {
     row("tinydc", env!("CARGO_PKG_VERSION"));
     row("name", value("name").unwrap_or("?"));
     row("address", value("address").unwrap_or("none yet"));
+    let code = joining.as_ref().and_then(|joining| joining["code"].as_str());
     match status {
         Some(status) => {
             let word = |key: &str| status[key].as_str().unwrap_or_default().to_string();
@@ -217,31 +271,43 @@ fn screen(report: &str, status: Option<&Value>) -> String {
                 &format!("{here} here; {} of {} run in the cluster", sum("running"), sum("wanted")),
             );
         }
-        None => {
-            row("cluster", value("daemon").unwrap_or("the daemon does not answer yet"));
-            row("", "join one:   join TOKEN    (token, typed on a member, prints it)");
-            row("", "found one:  init");
-        }
+        None if joining.is_some() => row("cluster", "none yet"),
+        None => row("cluster", value("daemon").unwrap_or("the daemon does not answer yet")),
+    }
+    if let (Some(code), None) = (code, status) {
+        row("code", code);
+        row("", &format!("into a cluster:   tinydc node accept {code}    on a member"));
+        row("", &format!("found one on it:  tinydc init --board {code}   on a laptop"));
+    }
+    if let (Some(code), Some(line)) = (code, joining.as_ref().and_then(|joining| joining["line"].as_str())) {
+        row("code", &format!("{code}, once, for a laptop:"));
+        row("", line);
+    }
+    if facts.waits_for_cluster() {
+        row("", "found one here:   Enter");
     }
     row("clock", value("clock").unwrap_or("?"));
     row("data", value("data").unwrap_or("?"));
-    let problems: Vec<&str> = report.lines().filter_map(|line| line.strip_prefix("problem: ")).collect();
-    if let Some(last) = problems.last() {
-        let more = problems.len() - 1;
-        let mut rest = match more {
-            0 => last.to_string(),
-            _ => format!("{last} ({more} more: report)"),
-        };
-        let mut name = "problem";
-        while !rest.is_empty() {
-            let part: String = rest.chars().take(WIDTH - 14).collect();
-            rest = rest.chars().skip(WIDTH - 14).collect();
-            row(name, &part);
-            name = "";
-        }
+    let problem = joining.as_ref().and_then(|joining| joining["problem"].as_str());
+    let problems = report.lines().filter_map(|line| line.strip_prefix("problem: "));
+    let problems: Vec<&str> = problems.chain(problem).collect();
+    for (index, part) in last_problem(&problems).iter().enumerate() {
+        row(if index == 0 { "problem" } else { "" }, part);
     }
-    row("", "Enter draws this anew; help lists what can be typed");
+    let enter = if facts.waits_for_cluster() { "" } else { "Enter draws this anew; " };
+    row("", &format!("{enter}help lists what can be typed"));
     text
+}
+
+/// In lines that fit beside its name.
+fn last_problem(problems: &[&str]) -> Vec<String> {
+    let Some(last) = problems.last() else { return Vec::new() };
+    let text = match problems.len() - 1 {
+        0 => last.to_string(),
+        more => format!("{last} ({more} more: report)"),
+    };
+    let letters: Vec<char> = text.chars().collect();
+    letters.chunks(WIDTH - 14).map(|part| part.iter().collect()).collect()
 }
 
 #[cfg(test)]
@@ -264,12 +330,23 @@ mod tests {
             "nodes": [{"name": "pi1", "state": "up", "role": "voter", "instances": 2}, {"name": "pi2", "state": "down"}],
             "services": [{"running": 2, "wanted": 3}],
         });
-        for status in [None, Some(&status)] {
-            let text = screen(&report, status);
+        let waiting = serde_json::json!({ "state": "waiting", "code": "493112", "problem": long });
+        let member = serde_json::json!({ "state": "member", "code": "493112", "line":
+            "tinydc context create home --host 192.0.2.5 --code 493112" });
+        let facts = |status: Option<&Value>, joining: Option<&Value>| Facts {
+            report: report.clone(),
+            status: status.cloned(),
+            joining: joining.cloned(),
+        };
+        for (status, joining) in [(None, None), (None, Some(&waiting)), (Some(&status), Some(&member))] {
+            let text = screen(&facts(status, joining));
             assert!(text.lines().count() < 24, "{text}");
             assert!(text.lines().all(|line| line.chars().count() < 80), "{text}");
         }
-        let text = screen(&report, Some(&status));
+        let text = screen(&facts(None, Some(&waiting)));
+        assert!(text.contains("tinydc node accept 493112") && text.contains("Enter"), "{text}");
+        let text = screen(&facts(Some(&status), Some(&member)));
+        assert!(text.contains("--code 493112"), "{text}");
         assert!(text.contains("home, leader pi2, 1 of 2 nodes up"), "{text}");
         assert!(text.contains("2 here; 2 of 3 run"), "{text}");
     }

@@ -13,6 +13,7 @@ mod socket;
 mod unjoined;
 
 pub use config::{Config, ConfigError};
+pub use unjoined::CLUSTER_NAME;
 
 use crate::api::ApiError;
 use crate::api::wire::{InitReply, JoinDone};

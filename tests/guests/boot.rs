@@ -44,8 +44,8 @@ fn first_boot(field: &mut Field) -> Result<()> {
     field.remark(ready);
     field.note("from the plug to a node that answers", begin);
     let guest = &mut field.guests[index];
-    let screen = guest.type_line("pi1", "")?;
-    ensure!(screen.contains("join TOKEN") || screen.contains("belongs to no cluster"), "{screen}");
+    let screen = guest.type_line("pi1", "join")?;
+    ensure!(screen.contains("belongs to no cluster") && screen.contains("tinydc node accept"), "{screen}");
     let founded = guest.type_line("pi1", "init")?;
     ensure!(founded.contains("tinydc join tdc-join-"), "{founded}");
     let report = guest.type_line("pi1", "report")?;

@@ -17,6 +17,12 @@ pub const CASES: &[Case] = &[
         run: three_boards,
     },
     Case {
+        name: "by-code",
+        proves: "boards without any token: the first founds a cluster and its code gives a laptop access, the second is \
+                 taken in by the code on its screen, and Enter on a third founds no second cluster",
+        run: by_code,
+    },
+    Case {
         name: "limits",
         proves: "limits hold on a board (cgroup v2): what takes too much memory is killed alone and named",
         run: limits,
@@ -133,6 +139,56 @@ fn three_boards(field: &mut Field) -> Result<()> {
     field.guests[2].wait_ready()?;
     until("the board is back", Duration::from_secs(60), || Ok(nodes_up(field)? == 3))?;
     field.note("the board is back", begin);
+    Ok(())
+}
+
+/// The six digits after a word of what a board says.
+fn code_after(said: &str, word: &str) -> Result<String> {
+    let code: String = said.split(word).nth(1).unwrap_or_default().trim_start().chars().take(6).collect();
+    ensure!(code.len() == 6 && code.bytes().all(|byte| byte.is_ascii_digit()), "a code after {word}: {said}");
+    Ok(code)
+}
+
+fn by_code(field: &mut Field) -> Result<()> {
+    field.serve_dhcp(10, 3600)?;
+    let begin = Instant::now();
+    field.add(Setup::new("name = \"pi1\"\nbootstrap = true\n"))?;
+    field.start(0)?;
+    field.guests[0].wait_ready()?;
+    let mut said = String::new();
+    until("the first board shows a code for a laptop", Duration::from_secs(60), || {
+        said = field.guests[0].type_line("pi1", "join")?;
+        Ok(said.contains("A laptop gets"))
+    })?;
+    let (host, code) = (field.address(11).to_string(), code_after(&said, "--code")?);
+    field.laptop(&["context", "create", "home", "--host", &host, "--code", &code])?;
+    until("the laptop reaches it", Duration::from_secs(10), || Ok(nodes_up(field)? == 1))?;
+    field.note("a cluster of one, and a laptop", begin);
+
+    for name in ["pi2", "pi3"] {
+        let index = field.add(Setup::new(&format!("name = \"{name}\"\n")))?;
+        field.start(index)?;
+    }
+    let begin = Instant::now();
+    for index in 1..3 {
+        field.guests[index].wait_ready()?;
+        field.guests[index].wait_said("eth0: address", Duration::from_secs(20))?;
+    }
+    field.note("two more boards are ready", begin);
+    let code = code_after(&field.guests[1].type_line("pi2", "join")?, "Its code:")?;
+    let begin = Instant::now();
+    field.laptop(&["node", "accept", &code])?;
+    until("it is a member", Duration::from_secs(30), || Ok(nodes_up(field)? == 2))?;
+    field.note("node accept → a member", begin);
+
+    // The screen that offers it may be drawn first.
+    let mut said = String::new();
+    until("Enter looks for a cluster first", Duration::from_secs(30), || {
+        said = field.guests[2].type_line("pi3", "")?;
+        Ok(said.contains("looking for a cluster"))
+    })?;
+    ensure!(said.contains("A cluster called home answers"), "{said}");
+    ensure!(field.guests[2].type_line("pi3", "join")?.contains("belongs to no cluster"), "it founded one");
     Ok(())
 }
 
