@@ -12,10 +12,10 @@ fn main() {
     } else {
         let root = std::env::var("CARGO_MANIFEST_DIR").expect("cargo names the package's folder");
         println!("cargo::rustc-link-arg-bins={root}/cross/unwind.ld");
-        // cross/sizes wants the names of functions.
-        println!("cargo::rerun-if-env-changed=TINYDC_KEEP_SYMBOLS");
-        if std::env::var_os("TINYDC_KEEP_SYMBOLS").is_none() {
-            println!("cargo::rustc-link-arg-bins=--strip-all");
-        }
+        println!("cargo::rustc-link-arg-bins=--strip-all");
+        // What the linker put where, for cross/sizes.
+        let out = std::env::var("OUT_DIR").expect("cargo names the folder of this build");
+        let profile = std::path::Path::new(&out).ancestors().nth(3).expect("cargo's folders are that deep");
+        println!("cargo::rustc-link-arg-bins=-Map={}/tinydc.map", profile.display());
     }
 }
