@@ -16,11 +16,13 @@ use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::{HeaderMap, Request};
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-pub const OPENAPI: &str = include_str!("openapi.json");
+/// The API's description, `openapi.json` beside this file, as cross/link.rs packed it.
+const OPENAPI: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/openapi.json.z"));
 
 const TOKEN_VALID_SECONDS: u64 = 24 * 3600;
 const TOKEN_VALID_SECONDS_MAX: u64 = 365 * 24 * 3600;
@@ -161,8 +163,14 @@ fn version(backend: &Backend) -> VersionBody {
     }
 }
 
+pub fn openapi_document() -> Vec<u8> {
+    let mut document = Vec::new();
+    flate2::read::ZlibDecoder::new(OPENAPI).read_to_end(&mut document).expect("cross/link.rs packed it");
+    document
+}
+
 fn openapi() -> Reply {
-    let mut reply = hyper::Response::new(body::full(OPENAPI));
+    let mut reply = hyper::Response::new(body::full(openapi_document()));
     reply.headers_mut().insert("content-type", hyper::header::HeaderValue::from_static("application/json"));
     reply
 }
