@@ -10,17 +10,20 @@ use super::wire::*;
 use super::{certificates, exec, images, instances, internal, joining, keys, network, ports, secrets};
 use crate::model::*;
 use crate::state::{Command, Reply as StateReply, RequestMark, Role, State, TokenKind};
+use crate::tasks::Launch;
 use crate::transport::ids::AuthorityHash;
 use crate::transport::token::{Token, TokenKind as TokenText, TokenSecret};
 use bytes::Bytes;
 use hyper::body::Incoming;
 use hyper::{HeaderMap, Request};
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-pub const OPENAPI: &str = include_str!("openapi.json");
+/// The API's description, `openapi.json` beside this file, as cross/link.rs packed it.
+const OPENAPI: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/openapi.json.z"));
 
 const TOKEN_VALID_SECONDS: u64 = 24 * 3600;
 const TOKEN_VALID_SECONDS_MAX: u64 = 365 * 24 * 3600;
@@ -95,7 +98,7 @@ pub fn query_of<B>(request: &Request<B>) -> BTreeMap<String, String> {
             Some((decode(key)?, decode(&value.replace('+', "%20"))?))
         })
         .filter(|(_, value)| value != "false")
-        .collect()
+        .gather()
 }
 
 /// The mark of what a client asked, if it minted a key for it.
@@ -114,7 +117,7 @@ pub fn lan_addresses(backend: &Backend) -> BTreeMap<NodeId, IpAddr> {
         .connections()
         .into_iter()
         .map(|(node, connection)| (node, connection.address.ip().to_canonical()))
-        .collect();
+        .gather();
     let own = backend.transport.local_addresses();
     if let Some(address) =
         own.iter().map(SocketAddr::ip).find(|address| address.is_ipv4() && !address.is_loopback())
@@ -162,8 +165,14 @@ fn version(backend: &Backend) -> VersionBody {
     }
 }
 
+pub fn openapi_document() -> Vec<u8> {
+    let mut document = Vec::new();
+    flate2::read::ZlibDecoder::new(OPENAPI).read_to_end(&mut document).expect("cross/link.rs packed it");
+    document
+}
+
 fn openapi() -> Reply {
-    let mut reply = hyper::Response::new(body::full(OPENAPI));
+    let mut reply = hyper::Response::new(body::full(openapi_document()));
     reply.headers_mut().insert("content-type", hyper::header::HeaderValue::from_static("application/json"));
     reply
 }
@@ -432,7 +441,7 @@ async fn events(backend: &Arc<Backend>, follow: bool) -> Result<Reply, ApiError>
     let mut state = reading.state;
     backend
         .executor
-        .spawn(async move {
+        .launch(async move {
             let mut next = 0;
             loop {
                 for event in state.events.rows().filter(|event| event.id >= next) {

@@ -9,6 +9,7 @@ pub mod instance;
 pub mod limits;
 pub mod local_network;
 pub mod node;
+pub mod order;
 pub mod secret;
 pub mod settings;
 pub mod spec;
@@ -22,6 +23,7 @@ pub use ids::{
 pub use instance::{Desired, Exit, Instance, Observed, Phase};
 pub use local_network::{LocalNetwork, source_of};
 pub use node::{Architecture, Condition, Node, NodeSize};
+pub use order::{Gather, Order};
 pub use secret::{SecretName, SecretNameError};
 pub use settings::Settings;
 pub use spec::{

@@ -26,8 +26,8 @@ const NETNS_FD: u16 = 28;
 const INFO_KIND: u16 = 1;
 const INFO_DATA: u16 = 2;
 const VETH_PEER: u16 = 1;
-/// Marks routes as made by an administrator's program, so that a routing daemon leaves them alone.
-const PROTOCOL_STATIC: u8 = 4;
+/// Marks routes as tinydc's; a number that no routing daemon has.
+const PROTOCOL_OWN: u8 = 116;
 const TABLE_MAIN: u8 = 254;
 const UNICAST: u8 = 1;
 const ON_LINK: u32 = 4;
@@ -176,14 +176,14 @@ fn table_rows(socket: &Socket) -> io::Result<Vec<TableRow>> {
 pub fn routes(socket: &Socket) -> io::Result<Vec<Route>> {
     let rows = table_rows(socket)?.into_iter();
     Ok(rows
-        .filter(|row| row.protocol == PROTOCOL_STATIC && row.route.to.is_some())
+        .filter(|row| row.protocol == PROTOCOL_OWN && row.route.to.is_some())
         .map(|row| row.route)
         .collect())
 }
 
 /// Networks that somebody has a route to, with its link; not the default route.
 pub fn networks(socket: &Socket) -> io::Result<Vec<(Ipv4Addr, u8, u32)>> {
-    let rows = table_rows(socket)?.into_iter();
+    let rows = table_rows(socket)?.into_iter().filter(|row| row.protocol != PROTOCOL_OWN);
     Ok(rows.filter_map(|row| row.route.to.map(|(to, length)| (to, length, row.route.link))).collect())
 }
 
@@ -278,7 +278,7 @@ const LAST_PRIORITY: u32 = u32::MAX;
 pub fn change_barrier(socket: &Socket, (network, length): (Ipv4Addr, u8), is_wanted: bool) -> io::Result<()> {
     const PRIORITY: u16 = 6;
     let (kind, flags) = if is_wanted { (NEW_ROUTE, ACK | CREATE | REPLACE) } else { (DELETE_ROUTE, ACK) };
-    let mut header = vec![libc::AF_INET as u8, length, 0, 0, TABLE_MAIN, PROTOCOL_STATIC, 0, UNREACHABLE];
+    let mut header = vec![libc::AF_INET as u8, length, 0, 0, TABLE_MAIN, PROTOCOL_OWN, 0, UNREACHABLE];
     header.extend(0u32.to_ne_bytes());
     let mut batch = Batch::new();
     batch.message(kind, flags, &header).attribute(1, &network.octets()).native(PRIORITY, LAST_PRIORITY);
@@ -288,7 +288,7 @@ pub fn change_barrier(socket: &Socket, (network, length): (Ipv4Addr, u8), is_wan
 fn route_message(batch: &mut Batch, kind: u16, flags: u16, route: &Route) {
     let length = route.to.map_or(0, |(_, length)| length);
     let scope = if route.via.is_some() { 0 } else { SCOPE_LINK };
-    let mut header = vec![libc::AF_INET as u8, length, 0, 0, TABLE_MAIN, PROTOCOL_STATIC, scope, UNICAST];
+    let mut header = vec![libc::AF_INET as u8, length, 0, 0, TABLE_MAIN, PROTOCOL_OWN, scope, UNICAST];
     let on_link = if route.is_on_link && route.via.is_some() { ON_LINK } else { 0 };
     header.extend(on_link.to_ne_bytes());
     batch.message(kind, flags, &header);

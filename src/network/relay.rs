@@ -7,7 +7,7 @@
 //! (`a_client_that_vanished_is_noticed`, `one_client_cannot_take_all_places`).
 
 use super::ingress::{CONNECTIONS_MAX, LINGER_LIMIT, Place, Places, STALLED_LIMIT, Socket, join, tune};
-use crate::tasks::{TaskGroup, within};
+use crate::tasks::{Launch, TaskGroup, within};
 use async_executor::{Executor, Task};
 use async_io::{Async, Timer};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
@@ -60,7 +60,7 @@ impl Relay {
             let Ok(listener) = listen(*port) else { continue };
             let shared: Endpoints = Arc::new(Mutex::new(endpoints.clone()));
             let work = accept(listener, shared.clone(), self.connections.clone(), self.places.clone());
-            let accepting = self.executor.spawn(work);
+            let accepting = self.executor.launch(work);
             self.ports.insert(*port, Port { endpoints: shared, _accepting: accepting });
         }
     }

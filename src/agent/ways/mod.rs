@@ -10,7 +10,7 @@
 mod lanes;
 
 use super::worker::chain;
-use crate::model::{Condition, Node, NodeId, StartId};
+use crate::model::{Condition, Gather, Node, NodeId, StartId};
 use crate::network::wireguard::{self, Slot, TunnelError};
 use crate::network::{Network, Reach};
 use crate::replica::{Handle, Lane, Offer, PeerFrame, WaysFrame};
@@ -243,7 +243,7 @@ impl WaysKeeper {
 
     async fn open_tunnel(&self, lane: Lane) -> Result<Held, TunnelError> {
         let network = self.network.clone();
-        let (slot, key) = smol::unblock(move || network.open_tunnel()).await?;
+        let (slot, key) = crate::tasks::unblock(move || network.open_tunnel()).await?;
         Ok(Held { offer: Offer { lane, key: Some(key), port: slot.port() }, slot: Some(slot) })
     }
 
@@ -255,13 +255,13 @@ impl WaysKeeper {
         };
         let is_known = |node: &NodeId| last.addresses.get(node).copied();
         let wanted: BTreeMap<Expected, Ipv4Addr> =
-            expected.into_iter().filter_map(|expected| Some((expected, is_known(&expected.node)?))).collect();
+            expected.into_iter().filter_map(|expected| Some((expected, is_known(&expected.node)?))).gather();
         if wanted == last.told {
             return;
         }
         let (network, old) = (self.network.clone(), last.told.clone());
-        let numbers: BTreeMap<NodeId, u8> = state.nodes.rows().map(|node| (node.id, node.number)).collect();
-        let outcome = smol::unblock(move || {
+        let numbers: BTreeMap<NodeId, u8> = state.nodes.rows().map(|node| (node.id, node.number)).gather();
+        let outcome = crate::tasks::unblock(move || {
             // First: one network has one peer in each tunnel.
             for gone in old.keys().filter(|one| !wanted.contains_key(one)) {
                 network.remove_tunnel_peer(gone.slot, &gone.key);
@@ -302,11 +302,11 @@ impl WaysKeeper {
             // Of the two one begins, so that they don't cross.
             if let Some(row) = state.nodes.find(&node).filter(|_| self.own < node) {
                 let (network, number) = (self.network.clone(), row.number);
-                smol::unblock(move || network.greet_through(slot, number)).await;
+                crate::tasks::unblock(move || network.greet_through(slot, number)).await;
             }
         }
         let is_cold = |since: &Instant| now.duration_since(*since) < WARM_UP;
-        let cold = last.ready.iter().filter(|(_, since)| is_cold(since)).map(|(known, _)| *known).collect();
+        let cold = last.ready.iter().filter(|(_, since)| is_cold(since)).map(|(known, _)| *known).gather();
         lock(&self.ways.lanes).set_cold(cold);
     }
 
@@ -317,14 +317,14 @@ impl WaysKeeper {
                 let sealed = lanes.choice(*node)?.slot;
                 Some((state.nodes.find(node)?.number, Reach { address: *address, sealed }))
             };
-            let reaches: BTreeMap<u8, Reach> = last.addresses.iter().filter_map(reach).collect();
+            let reaches: BTreeMap<u8, Reach> = last.addresses.iter().filter_map(reach).gather();
             // A node that can't encrypt where it should sends nothing rather than in clear.
             (reaches, last.is_clear_wanted || lanes.takes_clear())
         };
         let wanted = Applied {
             reaches,
-            members: state.nodes.rows().map(|node| node.number).collect(),
-            floating: state.addresses.rows().map(|row| row.address).collect(),
+            members: state.nodes.rows().map(|node| node.number).gather(),
+            floating: state.addresses.rows().map(|row| row.address).gather(),
             is_clear_allowed,
         };
         let is_current =
@@ -335,14 +335,14 @@ impl WaysKeeper {
         let (network, ways) = (self.network.clone(), wanted.clone());
         let set =
             move || network.set_peers(&ways.reaches, &ways.members, &ways.floating, ways.is_clear_allowed);
-        match smol::unblock(set).await {
+        match crate::tasks::unblock(set).await {
             Ok(()) => last.applied = Some((now, wanted)),
             Err(error) => warn!(error = chain(&error), "ways to other nodes"),
         }
     }
 
     fn tell_peers(&self, last: &mut Last, now: Instant) {
-        let told: BTreeSet<Expected> = last.told.keys().copied().collect();
+        let told: BTreeSet<Expected> = last.told.keys().copied().gather();
         let unaware = lock(&self.ways.lanes).take_unaware();
         last.frames.retain(|node, _| !unaware.contains(node));
         for node in self.transport.connections().into_keys().filter(|node| *node != self.own) {
@@ -360,7 +360,7 @@ impl WaysKeeper {
     /// Gives up the old lane when everybody who is there has changed; whether it did now.
     async fn finish(&self, state: &State, last: &mut Last, now: Instant) -> bool {
         let present: BTreeSet<NodeId> =
-            self.transport.connections().into_keys().filter(|node| *node != self.own).collect();
+            self.transport.connections().into_keys().filter(|node| *node != self.own).gather();
         let is_absent = |node: &&Node| {
             node.condition == Condition::Up && node.id != self.own && !present.contains(&node.id)
         };
@@ -381,7 +381,7 @@ impl WaysKeeper {
         let (ended, keep, lane) = {
             let mut lanes = lock(&self.ways.lanes);
             let ended = lanes.end();
-            let keep: BTreeSet<Slot> = lanes.held().filter_map(|held| held.slot).collect();
+            let keep: BTreeSet<Slot> = lanes.held().filter_map(|held| held.slot).gather();
             (ended, keep, lanes.wanted().map(|held| held.offer.lane))
         };
         // What an earlier run has left is not in use any more either.
@@ -391,7 +391,7 @@ impl WaysKeeper {
         last.has_tidied = true;
         last.told.retain(|expected, _| keep.contains(&expected.slot));
         let network = self.network.clone();
-        if let Err(error) = smol::unblock(move || network.keep_tunnels(&keep)).await {
+        if let Err(error) = crate::tasks::unblock(move || network.keep_tunnels(&keep)).await {
             warn!(error = chain(&error), "take a tunnel away");
         }
         if let (Some(_), Some(lane)) = (ended, lane) {
