@@ -5,10 +5,11 @@
 //! Invariant: after `stop` no task of the group exists (`a_stopped_group_has_no_tasks`).
 
 use async_channel::{Receiver, Sender};
-use async_executor::Executor;
+use async_executor::{Executor, Task};
 use async_io::Timer;
-use futures_lite::future;
+use futures_lite::{FutureExt, future};
 use std::future::Future;
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -19,6 +20,42 @@ pub async fn within<Output>(limit: Duration, work: impl Future<Output = Output>)
         None
     })
     .await
+}
+
+/// Runs `work` on a thread that may block, from now on; dropped before it began, it never does.
+///
+/// All kinds of work become one type here: what the compiler makes for each of them was 2 kB.
+pub fn unblock<Output: Send + 'static>(
+    work: impl FnOnce() -> Output + Send + 'static,
+) -> Pin<Box<dyn Future<Output = Output> + Send>> {
+    let place = Arc::new(Mutex::new(None));
+    let own = place.clone();
+    let boxed: Box<dyn FnOnce() + Send> = Box::new(move || {
+        let made = work();
+        *lock(&own) = Some(made);
+    });
+    let task = smol::unblock(boxed);
+    Box::pin(async move {
+        task.await;
+        lock(&place).take().expect("the work has run to its end")
+    })
+}
+
+pub trait Launch {
+    /// `spawn` with all work of one kind of result as one type, as in `unblock`.
+    fn launch<Output: Send + 'static>(
+        &self,
+        work: impl Future<Output = Output> + Send + 'static,
+    ) -> Task<Output>;
+}
+
+impl Launch for Executor<'static> {
+    fn launch<Output: Send + 'static>(
+        &self,
+        work: impl Future<Output = Output> + Send + 'static,
+    ) -> Task<Output> {
+        self.spawn(work.boxed())
+    }
 }
 
 /// A panic while holding the lock leaves maps that are still whole: every critical section here is a few inserts.
@@ -48,6 +85,7 @@ impl TaskGroup {
     pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         let Some(alive) = lock(&self.alive).clone() else { return };
         let stopped = self.stopped.clone();
+        let work = work.boxed();
         let task = async move {
             future::or(work, async {
                 // Nothing is ever sent: this returns when the group is stopped.
@@ -56,7 +94,7 @@ impl TaskGroup {
             .await;
             drop(alive);
         };
-        self.executor.spawn(task).detach();
+        self.executor.launch(task).detach();
     }
 
     /// Waits until every task has ended by itself, at most `limit`.
@@ -89,6 +127,12 @@ impl TaskGroup {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn blocking_work_returns_what_it_made() {
+        let made = unblock(|| String::from("made"));
+        assert_eq!(future::block_on(made), "made");
+    }
 
     #[test]
     fn a_stopped_group_has_no_tasks() {

@@ -7,7 +7,7 @@
 
 use super::hints::Hints;
 use super::worker::{Shared, chain};
-use crate::model::NodeId;
+use crate::model::{Gather, NodeId};
 use crate::network::arp::{self, Ears};
 use crate::network::lan::{self, Interface};
 use crate::network::link;
@@ -81,7 +81,7 @@ impl Keeper {
                 let wanted = self.turn(&state, Instant::now());
                 let keeps = std::mem::take(&mut is_first);
                 let is_heard = self.is_heard(&state, Instant::now());
-                hands = smol::unblock(move || {
+                hands = crate::tasks::unblock(move || {
                     if keeps {
                         hands.adopt(&state, &wanted);
                     }
@@ -132,18 +132,13 @@ impl Keeper {
 
     fn show(&self, hands: &Hands) {
         *self.shared.held.lock().unwrap_or_else(PoisonError::into_inner) =
-            HeldAddresses { held: hands.held.keys().copied().collect(), conflicts: hands.conflicts.clone() };
+            HeldAddresses { held: hands.held.keys().copied().gather(), conflicts: hands.conflicts.clone() };
     }
 }
 
 fn live_holders(hints: &Hints, index: usize, now: Instant) -> BTreeSet<NodeId> {
     let limit = Duration::from_millis(SUSPECTED_AFTER_MS);
-    hints
-        .live(limit, now)
-        .into_iter()
-        .filter(|(_, mask)| mask & (1 << index) != 0)
-        .map(|(id, _)| id)
-        .collect()
+    hints.live(limit, now).into_iter().filter(|(_, mask)| mask & (1 << index) != 0).map(|(id, _)| id).gather()
 }
 
 impl Hands {

@@ -12,6 +12,7 @@ use crate::network::ingress::{
 };
 use crate::planner::certificates::wished;
 use crate::state::State;
+use crate::tasks::Launch;
 use async_executor::{Executor, Task};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -148,10 +149,10 @@ impl Certificates {
             return;
         }
         let (secrets, opened) = (self.secrets.clone(), self.opened.clone());
-        self.opening = Some(self.executor.spawn(async move {
+        self.opening = Some(self.executor.launch(async move {
             for one in work {
                 let secrets = secrets.clone();
-                let outcome = smol::unblock(move || {
+                let outcome = crate::tasks::unblock(move || {
                     let outcome = prepare(&secrets, &one);
                     (one.host, one.wanted, outcome)
                 })

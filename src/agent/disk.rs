@@ -5,7 +5,7 @@ use super::Signal;
 use super::artifacts::images_digest;
 use super::launch::{Ground, container_id};
 use crate::linux::disk::Space;
-use crate::model::{ArtifactKind, Digest, InstanceId};
+use crate::model::{ArtifactKind, Digest, Gather, InstanceId};
 use crate::state::State;
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -43,13 +43,14 @@ pub async fn stop_over_quota(
 ) {
     for (instance, signal) in running {
         let asked = ground.clone();
-        let Some(why) = smol::unblock(move || asked.over_quota(instance)).await else { continue };
+        let Some(why) = crate::tasks::unblock(move || asked.over_quota(instance)).await else { continue };
         warn!(%instance, why, "container stopped");
         if signals.send(Signal::OverQuota { instance, why }).await.is_err() {
             return;
         }
         let runtime = ground.runtime.clone();
-        let stopped = smol::unblock(move || runtime.stop(&container_id(instance), signal, GRACE)).await;
+        let stopped =
+            crate::tasks::unblock(move || runtime.stop(&container_id(instance), signal, GRACE)).await;
         if let Err(error) = stopped {
             warn!(%instance, %error, "stop a container that fills the disk");
         }
@@ -65,14 +66,14 @@ pub fn sweep_files(ground: &Ground, state: &State) {
             let specs = service.older_specs().map(|older| &older.spec).chain([&service.spec]);
             specs.flat_map(|spec| spec.content_digests().into_iter().chain(spec.image.digest.as_ref()))
         })
-        .collect();
+        .gather();
     ground.artifacts.sweep_content(|hex| in_use.iter().any(|digest| digest.hex() == hex));
     let keep = state
         .artifacts
         .rows()
         .filter(|artifact| artifact.kind != ArtifactKind::RegistryImage || in_use.contains(&artifact.digest))
         .map(|artifact| images_digest(&artifact.digest))
-        .collect();
+        .gather();
     match ground.runtime.collect_garbage(&keep) {
         Ok(collected) if collected.images + collected.blobs + collected.layers > 0 => {
             info!(

@@ -28,7 +28,8 @@ pub async fn probe(
         let (runtime, request) =
             (runtime.clone(), ExecRequest { command: command.clone(), ..ExecRequest::default() });
         let timeout = Duration::from_millis(spec.timeout_ms);
-        let outcome = smol::unblock(move || runtime.check(&container_id(instance), &request, timeout)).await;
+        let outcome =
+            crate::tasks::unblock(move || runtime.check(&container_id(instance), &request, timeout)).await;
         let is_success = matches!(outcome, Ok(result) if result.end == CheckEnd::Exited(0));
         let pause_ms = judge.take(is_success, &spec, now());
         let verdict = judge.verdict();

@@ -4,7 +4,7 @@
 //! serve, and which nodes have fallen silent. A hint is the whole list of one node's daemon, so that the newest one
 //! says everything and a lost one costs nothing but time.
 
-use crate::model::{InstanceId, NodeId};
+use crate::model::{Gather, InstanceId, NodeId};
 use crate::replica::EndpointHint;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -92,20 +92,20 @@ impl Hints {
             let node = *node;
             down.into_iter().map(move |instance| (node, instance))
         };
-        peers.iter().flat_map(of_peer).collect()
+        peers.iter().flat_map(of_peer).gather()
     }
 
     /// Nodes that were heard once and are silent for `limit`.
     pub fn silent(&self, limit: Duration, now: Instant) -> BTreeSet<NodeId> {
         let is_silent = |peer: &Peer| now.saturating_duration_since(peer.heard_at) >= limit;
-        self.peers().iter().filter(|(_, peer)| is_silent(peer)).map(|(node, _)| *node).collect()
+        self.peers().iter().filter(|(_, peer)| is_silent(peer)).map(|(node, _)| *node).gather()
     }
 
     /// Nodes heard within `limit`, and which floating addresses each could hold.
     pub fn live(&self, limit: Duration, now: Instant) -> BTreeMap<NodeId, u16> {
         let is_live = |peer: &Peer| now.saturating_duration_since(peer.heard_at) < limit;
         let peers = self.peers();
-        peers.iter().filter(|(_, peer)| is_live(peer)).map(|(node, peer)| (*node, peer.holdable)).collect()
+        peers.iter().filter(|(_, peer)| is_live(peer)).map(|(node, peer)| (*node, peer.holdable)).gather()
     }
 
     /// After a pause of this process: nobody is blamed for what was not heard meanwhile.

@@ -161,7 +161,7 @@ impl Ground {
             }
         }
         for mut dead in by_name.into_values() {
-            dead.sort();
+            dead.order();
             let excess = dead.len().saturating_sub(limits::DEAD_INSTANCES_KEPT);
             for (_, container) in dead.drain(..excess) {
                 self.runtime.remove(&container, KeepLogs::No)?;

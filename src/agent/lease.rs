@@ -60,7 +60,7 @@ async fn renew(node: NodeId, start_id: StartId, ground: &Ground, replica: &Handl
     let end = LeaseEnd(asked_at + LEASE_MS);
     ground.lease.0.store(end.0, Ordering::Release);
     let ground = ground.clone();
-    smol::unblock(move || {
+    crate::tasks::unblock(move || {
         for instance in exclusive_instances(&state, node) {
             if let Err(error) = ground.runtime.renew_lease(&container_id(instance), end) {
                 warn!(%instance, %error, "renew the lease of an exclusive container");

@@ -7,13 +7,14 @@ use super::launch::{Ground, container_id, instance_of};
 use super::worker::{image_stop_signal, stop_of};
 use crate::runtime::ContainerState;
 use crate::state::State;
+use crate::tasks::Launch;
 use async_executor::{Executor, Task};
 use std::sync::Arc;
 use tracing::{info, warn};
 
 pub async fn stop_containers(ground: &Ground, state: &Arc<State>, executor: &Executor<'static>) {
     let listing = ground.runtime.clone();
-    let running = smol::unblock(move || listing.list()).await.unwrap_or_else(|error| {
+    let running = crate::tasks::unblock(move || listing.list()).await.unwrap_or_else(|error| {
         warn!(%error, "list containers");
         Vec::new()
     });
@@ -26,8 +27,8 @@ pub async fn stop_containers(ground: &Ground, state: &Arc<State>, executor: &Exe
         .map(|id| {
             let (signal, grace) = stop_of(state, id);
             let runtime = ground.runtime.clone();
-            executor.spawn(async move {
-                let outcome = smol::unblock(move || {
+            executor.launch(async move {
+                let outcome = crate::tasks::unblock(move || {
                     let number = signal.unwrap_or_else(|| image_stop_signal(&runtime, id));
                     runtime.stop(&container_id(id), number, grace)
                 })

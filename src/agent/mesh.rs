@@ -176,7 +176,7 @@ impl Mesh {
         let wanted = wiring.wanted.clone();
         let mut dead: Vec<Ipv4Addr> = before.wiring.alive.difference(&wiring.alive).copied().collect();
         let alive = wiring.alive.clone();
-        let outcome = smol::unblock(move || {
+        let outcome = crate::tasks::unblock(move || {
             if is_first {
                 dead.extend(dead_since_last_run(&network, &alive));
             }
@@ -301,7 +301,7 @@ impl Entry {
             ports: (table.http_port, table.https_port),
             routes: table.routes.clone(),
             certificates: views,
-            challenges: table.challenges.keys().cloned().collect(),
+            challenges: table.challenges.keys().cloned().gather(),
         };
         if self.told.as_ref() == Some(&wanted) {
             return;
@@ -332,7 +332,7 @@ fn relayed(wiring: &Wiring) -> BTreeMap<u16, Vec<SocketAddrV4>> {
             let endpoints = row.endpoints.iter().map(|(address, port)| SocketAddrV4::new(*address, *port));
             (key.port, endpoints.collect())
         })
-        .collect()
+        .gather()
 }
 
 /// Endpoints that died while no daemon looked: connections to them still hang.

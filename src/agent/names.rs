@@ -21,7 +21,7 @@ pub fn table(view: &View<'_>, bridge: Ipv4Addr) -> ZoneTable {
             let is_inner = wiring::is_inner(&networks, &internal);
             (one.address, Client { app, networks, is_inner })
         })
-        .collect();
+        .gather();
     let services = view
         .state
         .services
@@ -46,7 +46,7 @@ fn names_of(service: &Service, placed: &[Placed<'_>]) -> ServiceNames {
         app: service.app.to_string(),
         service: service.name.clone(),
         vip: Some(service.vip),
-        networks: networks.collect(),
+        networks: networks.gather(),
         container_name: spec.container_name.clone(),
         endpoints: own
             .filter(|one| one.instance.desired == Desired::Run)

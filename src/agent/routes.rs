@@ -21,7 +21,7 @@ pub fn table(view: &View<'_>) -> Routes {
             let own = placed.iter().filter(|one| one.service.id == service.id && one.is_endpoint);
             let mut endpoints: Vec<SocketAddrV4> =
                 own.map(|one| SocketAddrV4::new(one.address, port)).collect();
-            endpoints.sort_unstable();
+            endpoints.order();
             routes.push(Route {
                 host: wish.host,
                 path_prefix: wish.path_prefix,
@@ -42,7 +42,7 @@ pub fn table(view: &View<'_>) -> Routes {
         routes,
         challenges: (view.state.challenges.iter())
             .map(|(token, row)| (token.clone(), row.answer.clone()))
-            .collect(),
+            .gather(),
         ..Routes::default()
     }
 }

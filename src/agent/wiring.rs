@@ -46,11 +46,11 @@ pub fn plan(view: &View<'_>) -> Wiring {
     let mut wanted = Wanted {
         vips: vips(view.state, &placed),
         ports: ports(view, &placed),
-        local: placed.iter().filter(|one| is_here(view, one)).map(|one| one.address).collect(),
+        local: placed.iter().filter(|one| is_here(view, one)).map(|one| one.address).gather(),
         ..Wanted::default()
     };
     isolate(view.state, &placed, &mut wanted);
-    let alive = placed.iter().filter(|one| one.is_alive).map(|one| one.address).collect();
+    let alive = placed.iter().filter(|one| one.is_alive).map(|one| one.address).gather();
     Wiring { wanted, alive }
 }
 
@@ -86,13 +86,13 @@ fn vips(state: &State, placed: &[Placed<'_>]) -> BTreeMap<Ipv4Addr, VipRow> {
         .map(|service| {
             (service.vip, VipRow { endpoints: Vec::new(), is_pinned: service.spec.has_client_affinity })
         })
-        .collect();
+        .gather();
     for one in placed.iter().filter(|one| one.is_endpoint) {
         if let Some(row) = vips.get_mut(&one.service.vip) {
             row.endpoints.push(one.address);
         }
     }
-    vips.values_mut().for_each(|row| row.endpoints.sort_unstable());
+    vips.values_mut().for_each(|row| row.endpoints.order());
     vips
 }
 
@@ -122,7 +122,7 @@ fn ports(view: &View<'_>, placed: &[Placed<'_>]) -> BTreeMap<PortKey, PortRow> {
             }
         }
         for (key, mut endpoints) in found {
-            endpoints.sort_unstable();
+            endpoints.order();
             if let Some(row) = rows.get_mut(&key).filter(|row| row.endpoints.is_empty()) {
                 row.endpoints = endpoints;
             }
@@ -140,7 +140,7 @@ fn key_of(port: &PortSpec) -> Option<PortKey> {
 pub fn networks(app: &AppName, spec: &ServiceSpec) -> BTreeSet<String> {
     match spec.networks.is_empty() {
         true => BTreeSet::from([format!("{app}/default")]),
-        false => spec.networks.keys().cloned().collect(),
+        false => spec.networks.keys().cloned().gather(),
     }
 }
 
@@ -152,7 +152,7 @@ pub(super) fn internal_networks(state: &State) -> BTreeSet<&str> {
         .flat_map(|service| &service.spec.networks)
         .filter(|(_, network)| network.is_internal)
         .map(|(key, _)| key.as_str())
-        .collect()
+        .gather()
 }
 
 /// Whether who is only in these has no way out.

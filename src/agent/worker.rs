@@ -14,6 +14,7 @@ use crate::model::*;
 use crate::replica::{EndpointHint, Handle};
 use crate::runtime::{ContainerEnd, ContainerState, KeepLogs};
 use crate::state::{Command, State};
+use crate::tasks::{Launch, unblock};
 use crate::verdict::Verdict;
 use async_executor::{Executor, Task};
 use std::collections::{BTreeMap, BTreeSet};
@@ -160,7 +161,7 @@ impl Agent {
             deleting_since: None,
             config,
         };
-        let task = executor.spawn(async move {
+        let task = executor.launch(async move {
             let run = worker.run();
             futures_lite::future::or(run, async {
                 // Nothing is ever sent: this returns when the agent is stopped.
@@ -234,7 +235,7 @@ impl Agent {
                 };
                 (*id, live)
             })
-            .collect()
+            .gather()
     }
 }
 
@@ -275,9 +276,9 @@ impl Worker {
             shared: self.shared.clone(),
             holdable: self.config.holdable.clone(),
         };
-        let _keeper = self.config.executor.spawn(keeper.run());
+        let _keeper = self.config.executor.launch(keeper.run());
         // Both end with this loop.
-        let _mesh = self.config.executor.spawn(mesh.run());
+        let _mesh = self.config.executor.launch(mesh.run());
         let watch = self.config.replica.published().watch();
         self.ask_whether_caught_up();
         loop {
@@ -315,10 +316,10 @@ impl Worker {
     async fn adopt(&mut self) {
         let runtime = self.shared.ground.runtime.clone();
         let network = self.shared.ground.network.clone();
-        let found = smol::unblock(move || {
+        let found = unblock(move || {
             let found = runtime.adopt();
             if let Ok(found) = &found {
-                let keep = found.iter().map(|status| status.id.as_str().to_string()).collect();
+                let keep = found.iter().map(|status| status.id.as_str().to_string()).gather();
                 if let Err(error) = network.sweep(&keep) {
                     warn!(error = chain(&error), "sweep of namespaces that an earlier run left");
                 }
@@ -350,7 +351,7 @@ impl Worker {
     /// A linearizable read tells that this node's state is as new as the cluster's.
     fn ask_whether_caught_up(&mut self) {
         let (replica, sender) = (self.config.replica.clone(), self.sender.clone());
-        self.errands.push(self.config.executor.spawn(async move {
+        self.errands.push(self.config.executor.launch(async move {
             while replica.read().await.is_err() {
                 async_io::Timer::after(Duration::from_millis(200)).await;
             }
@@ -417,9 +418,9 @@ impl Worker {
         let state = state.clone();
         self.probes.remove(&id);
         let task = match action {
-            Action::Launch => self.config.executor.spawn(async move {
+            Action::Launch => self.config.executor.launch(async move {
                 let progress = sender.clone();
-                let outcome = smol::unblock(move || {
+                let outcome = unblock(move || {
                     ground.launch(&state, id, &mut |text| {
                         // Progress is for the eye: one that finds no room is not missed.
                         let _ = progress.try_send(Signal::Progress { instance: id, text });
@@ -431,11 +432,11 @@ impl Worker {
             }),
             Action::Stop => {
                 let (signal, grace) = stop_of(&state, id);
-                self.config.executor.spawn(async move {
+                self.config.executor.launch(async move {
                     // The other nodes stop sending new connections here first.
                     async_io::Timer::after(DRAIN).await;
                     let runtime = ground.runtime.clone();
-                    let outcome = smol::unblock(move || {
+                    let outcome = unblock(move || {
                         let number = signal.unwrap_or_else(|| image_stop_signal(&runtime, id));
                         runtime.stop(&container_id(id), number, grace)
                     })
@@ -444,8 +445,8 @@ impl Worker {
                     let _ = sender.send(Signal::Stopped { instance: id, error }).await;
                 })
             }
-            Action::Remove => self.config.executor.spawn(async move {
-                let outcome = smol::unblock(move || {
+            Action::Remove => self.config.executor.launch(async move {
+                let outcome = unblock(move || {
                     let container = container_id(id);
                     if let Err(error) = ground.network.detach(container.as_str()) {
                         warn!(instance = %id, %error, "take down the network of a container");
@@ -465,7 +466,7 @@ impl Worker {
     fn await_end(&mut self, id: InstanceId) {
         let runtime = self.shared.ground.runtime.clone();
         let sender = self.sender.clone();
-        let task = self.config.executor.spawn(async move {
+        let task = self.config.executor.launch(async move {
             let watch = match runtime.watch(&container_id(id)) {
                 Ok(watch) => watch,
                 Err(error) => {
@@ -621,7 +622,7 @@ impl Worker {
                     local.is_probed = true;
                 }
                 let probe = health::probe(runtime, id, spec, self.shared.origin, self.sender.clone());
-                self.probes.insert(id, self.config.executor.spawn(probe));
+                self.probes.insert(id, self.config.executor.launch(probe));
             }
         }
     }
@@ -640,9 +641,9 @@ impl Worker {
             self.keeping.insert(digest.clone());
             let (ground, sender, state) = (self.shared.ground.clone(), self.sender.clone(), state.clone());
             let artifact = artifact.clone();
-            self.errands.push(self.config.executor.spawn(async move {
+            self.errands.push(self.config.executor.launch(async move {
                 let digest = artifact.digest.clone();
-                let outcome = smol::unblock(move || ground.artifacts.keep_copy(&state, &artifact)).await;
+                let outcome = unblock(move || ground.artifacts.keep_copy(&state, &artifact)).await;
                 let is_here = outcome.is_ok();
                 if let Err(error) = outcome {
                     warn!(digest = digest.short(), error = chain(&error), "keep a second copy");
@@ -681,8 +682,8 @@ impl Worker {
         }
         self.deleting_since = Some(now);
         let (ground, sender) = (self.shared.ground.clone(), self.sender.clone());
-        self.errands.push(self.config.executor.spawn(async move {
-            let volumes = smol::unblock(move || {
+        self.errands.push(self.config.executor.launch(async move {
+            let volumes = unblock(move || {
                 due.into_iter()
                     .filter(|(app, name)| {
                         let folder = ground.volume_dir(app, name);
@@ -702,8 +703,8 @@ impl Worker {
         }
         self.swept_at = Some(now);
         let (ground, state) = (self.shared.ground.clone(), state.clone());
-        self.errands.push(self.config.executor.spawn(async move {
-            smol::unblock(move || disk::sweep_files(&ground, &state)).await;
+        self.errands.push(self.config.executor.launch(async move {
+            unblock(move || disk::sweep_files(&ground, &state)).await;
         }));
     }
 
@@ -717,7 +718,7 @@ impl Worker {
         let running = locals.into_iter().filter(|(_, local)| local.presence == Presence::Running);
         let running = running.map(|(id, _)| (id, stop_of(state, id).0.unwrap_or(libc::SIGTERM))).collect();
         let stop = disk::stop_over_quota(self.shared.ground.clone(), running, self.sender.clone());
-        self.errands.push(self.config.executor.spawn(stop));
+        self.errands.push(self.config.executor.launch(stop));
     }
 
     async fn send_reports(&mut self, state: &State, now: Mono) {

@@ -16,6 +16,7 @@ use crate::network::ingress::acme::{AccountKey, AcmeError, Issued, Wish, obtain}
 use crate::network::ingress::{certificate_from_pem, covers};
 use crate::planner::certificates::{Failed, Step, pause_seconds, steps};
 use crate::state::{CertificateIssuer, Command, IssuedCertificate, State};
+use crate::tasks::Launch;
 use crate::transport::sealing::ClusterKey;
 use crate::transport::serving::{ServingAuthority, to_pem};
 use bytes::Bytes;
@@ -141,9 +142,9 @@ fn sign(backend: &Backend, state: &State, key: &ClusterKey, host: &str) -> Resul
 fn begin_order(backend: &Arc<Backend>, key: ClusterKey, host: String) -> Order {
     let stop = Arc::new(AtomicBool::new(false));
     let (backend, stopped) = (backend.clone(), stop.clone());
-    let task = backend.executor.clone().spawn(async move {
+    let task = backend.executor.clone().launch(async move {
         let (own, name, stop) = (backend.clone(), host.clone(), stopped.clone());
-        let outcome = smol::unblock(move || order(&own, &key, &name, &stop)).await;
+        let outcome = crate::tasks::unblock(move || order(&own, &key, &name, &stop)).await;
         let command = match outcome {
             Ok(command) => command,
             Err(_) if stopped.load(Ordering::Relaxed) => return,

@@ -8,6 +8,7 @@ use super::peer;
 use super::wire::ExecBody;
 use crate::agent::container_id;
 use crate::runtime::{ExecHandle, ExecRequest, ExecStreams};
+use crate::tasks::Launch;
 use futures_lite::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use hyper::body::Incoming;
 use hyper::header::HeaderValue;
@@ -65,12 +66,12 @@ pub async fn exec(
         },
         None => ExecStreams::Terminal { rows: wish.rows.max(1), columns: wish.columns.max(1) },
     };
-    let handle = smol::unblock(move || runtime.exec(&container, &exec_request, streams)).await;
+    let handle = crate::tasks::unblock(move || runtime.exec(&container, &exec_request, streams)).await;
     let handle = handle.map_err(|error| ApiError::rejected(crate::agent::chain(&error)))?;
     let own = pipes.own;
     backend
         .executor
-        .spawn(async move {
+        .launch(async move {
             if let Ok(upgraded) = upgrade.await {
                 converse(crate::upgraded::Stream(upgraded), handle, own).await;
             }
@@ -223,7 +224,7 @@ async fn read_frames(
             STDIN if bytes.is_empty() => input = None,
             STDIN => {
                 if let Some(fd) = input.as_ref().and_then(|fd| fd.try_clone().ok()) {
-                    let written = smol::unblock(move || {
+                    let written = crate::tasks::unblock(move || {
                         use std::io::Write;
                         File::from(fd).write_all(&bytes)
                     })

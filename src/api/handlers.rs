@@ -10,6 +10,7 @@ use super::wire::*;
 use super::{certificates, exec, images, instances, internal, joining, keys, network, ports, secrets};
 use crate::model::*;
 use crate::state::{Command, Reply as StateReply, RequestMark, Role, State, TokenKind};
+use crate::tasks::Launch;
 use crate::transport::ids::AuthorityHash;
 use crate::transport::token::{Token, TokenKind as TokenText, TokenSecret};
 use bytes::Bytes;
@@ -96,7 +97,7 @@ pub fn query_of<B>(request: &Request<B>) -> BTreeMap<String, String> {
             Some((decode(key)?, decode(&value.replace('+', "%20"))?))
         })
         .filter(|(_, value)| value != "false")
-        .collect()
+        .gather()
 }
 
 /// The mark of what a client asked, if it minted a key for it.
@@ -115,7 +116,7 @@ pub fn lan_addresses(backend: &Backend) -> BTreeMap<NodeId, IpAddr> {
         .connections()
         .into_iter()
         .map(|(node, connection)| (node, connection.address.ip().to_canonical()))
-        .collect();
+        .gather();
     let own = backend.transport.local_addresses();
     if let Some(address) =
         own.iter().map(SocketAddr::ip).find(|address| address.is_ipv4() && !address.is_loopback())
@@ -439,7 +440,7 @@ async fn events(backend: &Arc<Backend>, follow: bool) -> Result<Reply, ApiError>
     let mut state = reading.state;
     backend
         .executor
-        .spawn(async move {
+        .launch(async move {
             let mut next = 0;
             loop {
                 for event in state.events.rows().filter(|event| event.id >= next) {

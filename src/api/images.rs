@@ -12,6 +12,7 @@ use crate::model::*;
 use crate::runtime::images::{Document, Platform};
 use crate::runtime::reference::ImageReference;
 use crate::state::{Command, Reply as StateReply, State};
+use crate::tasks::Launch;
 use hyper::body::Incoming;
 use hyper::{Request, StatusCode};
 use std::collections::{BTreeMap, BTreeSet};
@@ -42,7 +43,7 @@ pub async fn load(backend: &Arc<Backend>, request: Request<Incoming>) -> Result<
     let key = RequestKey::of(request.headers())?;
     let reader = BodyReader::new(request.into_body());
     let runtime = backend.ground.runtime.clone();
-    let loaded = smol::unblock(move || {
+    let loaded = crate::tasks::unblock(move || {
         let loaded = runtime.images().load(reader, &Platform::host())?;
         let described: Vec<_> = loaded.into_iter().map(|image| describe(&runtime, image)).collect();
         Ok::<_, crate::runtime::images::LoadError>(described)
@@ -76,7 +77,7 @@ fn describe(runtime: &crate::runtime::Runtime, loaded: crate::runtime::images::L
     let image = store.image(&loaded.digest).ok().flatten();
     Artifact {
         kind: ArtifactKind::LoadedImage,
-        names: loaded.names.iter().map(|name| full_name(name)).collect(),
+        names: loaded.names.iter().map(|name| full_name(name)).gather(),
         bytes: image.as_ref().map_or(0, |image| image.size_bytes),
         platforms: platforms_of(runtime, &loaded.digest),
         holders: BTreeSet::new(),
@@ -97,11 +98,11 @@ fn platforms_of(
             .manifests
             .iter()
             .filter_map(|(platform, blob)| Some((platform_name(platform), own(&blob.digest)?)))
-            .collect(),
+            .gather(),
         Ok(Document::Manifest(_)) => {
             let config = store.image(digest).ok().flatten().and_then(|image| store.config(&image).ok());
             let name = config.map(|config| platform_name(&config.platform));
-            name.into_iter().filter_map(|name| Some((name, own(digest)?))).collect()
+            name.into_iter().filter_map(|name| Some((name, own(digest)?))).gather()
         }
         Err(_) => BTreeMap::new(),
     }
@@ -138,7 +139,7 @@ pub async fn put_content(backend: &Arc<Backend>, request: Request<Incoming>) -> 
     RequestKey::of(request.headers())?;
     let reader = BodyReader::new(request.into_body());
     let runtime = backend.ground.runtime.clone();
-    let stored = smol::unblock(move || store_content(&runtime, reader)).await?;
+    let stored = crate::tasks::unblock(move || store_content(&runtime, reader)).await?;
     let artifact = Artifact {
         digest: stored.0.clone(),
         kind: ArtifactKind::Content,
@@ -233,7 +234,7 @@ async fn resolve_images(
     spec: &mut AppSpec,
 ) -> Result<Resolved, ApiError> {
     let references: BTreeSet<String> =
-        spec.services.values().map(|service| service.image.reference.clone()).collect();
+        spec.services.values().map(|service| service.image.reference.clone()).gather();
     let mut digests = BTreeMap::new();
     let mut artifacts = Vec::new();
     for reference in references {
@@ -272,7 +273,7 @@ async fn resolve(
         .find(|artifact| artifact.kind == ArtifactKind::RegistryImage && artifact.names.contains(&full))
         .map(|artifact| artifact.digest.clone());
     let (ground, settings) = (backend.ground.clone(), state.cluster_settings());
-    let resolved = smol::unblock(move || {
+    let resolved = crate::tasks::unblock(move || {
         let registry = ground.artifacts.registry(&settings).map_err(|error| ApiError::internal(&error))?;
         registry.resolve(&parsed, &Platform::host()).map_err(|error| {
             ApiError::rejected(crate::agent::chain(&error))
@@ -290,7 +291,7 @@ async fn resolve(
     };
     let digest = Digest::new(&resolved.digest.to_string()).map_err(|error| ApiError::internal(&error))?;
     let platforms =
-        resolved.platforms.iter().map(|platform| (platform_name(platform), digest.clone())).collect();
+        resolved.platforms.iter().map(|platform| (platform_name(platform), digest.clone())).gather();
     let artifact = Artifact {
         digest: digest.clone(),
         kind: ArtifactKind::RegistryImage,
@@ -307,13 +308,13 @@ pub async fn blob(backend: &Arc<Backend>, digest: &str) -> Result<Reply, ApiErro
     let digest = Digest::new(digest).map_err(|error| ApiError::invalid(error.to_string()))?;
     let runtime = backend.ground.runtime.clone();
     let own = images_digest(&digest);
-    let file = smol::unblock(move || runtime.images().open_blob(&own)).await;
+    let file = crate::tasks::unblock(move || runtime.images().open_blob(&own)).await;
     let file = file.map_err(|_| ApiError::not_found("blob", digest.as_str()))?;
     let (sender, chunks) = async_channel::bounded(4);
     backend
         .executor
-        .spawn(async move {
-            smol::unblock(move || {
+        .launch(async move {
+            crate::tasks::unblock(move || {
                 let mut file = file;
                 let mut buffer = vec![0; 64 << 10];
                 while let Ok(count @ 1..) = file.read(&mut buffer) {

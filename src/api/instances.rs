@@ -10,6 +10,7 @@ use crate::agent::container_id;
 use crate::model::*;
 use crate::runtime::logs::{FollowEvent, LogReader, LogRecord, LogRequest, Stream};
 use crate::state::State;
+use crate::tasks::Launch;
 use bytes::Bytes;
 use hyper::Request;
 use hyper::body::Incoming;
@@ -32,7 +33,7 @@ pub async fn list(backend: &Arc<Backend>, query: &BTreeMap<String, String>) -> R
     };
     let mut instances: Vec<_> =
         state.instances.rows().filter(is_wanted).map(|row| view.instance(row)).collect();
-    instances.sort_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
+    instances.order_by(|a, b| (&a.name, &a.id).cmp(&(&b.name, &b.id)));
     body::ok(&InstancesBody { freshness: shown.reading.freshness.clone(), instances })
 }
 
@@ -98,7 +99,7 @@ async fn dead_logs(
     request: &Request<Incoming>,
 ) -> Result<Reply, ApiError> {
     let (ground, slot) = (backend.ground.clone(), name.to_string());
-    match smol::unblock(move || ground.newest_dead(&slot)).await {
+    match crate::tasks::unblock(move || ground.newest_dead(&slot)).await {
         Some(id) => read_logs(backend, id, query).await,
         None if request.headers().contains_key("x-tinydc-asked") => {
             Err(ApiError::not_found("instance", name))
@@ -156,13 +157,13 @@ async fn read_logs(
     let follow = query.contains_key("follow");
     let request = LogRequest { tail, follow, ..LogRequest::default() };
     let runtime = backend.ground.runtime.clone();
-    let reader = smol::unblock(move || runtime.logs(&container_id(id), request)).await;
+    let reader = crate::tasks::unblock(move || runtime.logs(&container_id(id), request)).await;
     let reader = reader.map_err(|error| ApiError::internal(&error))?;
     let (sender, chunks) = async_channel::bounded(64);
     backend
         .executor
-        .spawn(async move {
-            smol::unblock(move || pump(reader, follow, &sender)).await;
+        .launch(async move {
+            crate::tasks::unblock(move || pump(reader, follow, &sender)).await;
         })
         .detach();
     Ok(body::streamed("application/x-ndjson", chunks))

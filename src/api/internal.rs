@@ -13,6 +13,7 @@ use crate::model::*;
 use crate::state::{
     Command, JoinNode, Outcome, Rejection, Reply as StateReply, RequestMark, Role, State, TokenKind,
 };
+use crate::tasks::Launch;
 use crate::transport::authority::Authority;
 use crate::transport::hello::{Refusal, RefusalCode};
 use crate::transport::join::{
@@ -81,7 +82,7 @@ struct LiveRow {
 
 async fn own_live(backend: &Arc<Backend>) -> Live {
     let agent = backend.agent.clone();
-    smol::unblock(move || agent.live()).await
+    crate::tasks::unblock(move || agent.live()).await
 }
 
 async fn live(backend: &Arc<Backend>) -> Result<Reply, ApiError> {
@@ -107,7 +108,7 @@ pub async fn gather_live(backend: &Arc<Backend>, state: &Arc<State>) -> Live {
     for node in backend.transport.connections().into_keys() {
         if state.instances_on(node).next().is_some() {
             let (backend, state) = (backend.clone(), state.clone());
-            tasks.push(backend.executor.clone().spawn(async move {
+            tasks.push(backend.executor.clone().launch(async move {
                 let rows =
                     peer::within(LIVE_LIMIT, ask_live(&backend, node)).await.flatten().unwrap_or_default();
                 let of_node = |row: &LiveRow| {

@@ -75,7 +75,7 @@ async fn keep(backend: &Arc<Backend>, key: Option<ClusterKey>) -> Result<(), Api
     let mut identity = backend.identity();
     identity.cluster_key = key;
     let (data_dir, saved) = (backend.ground.data_dir.clone(), identity.clone());
-    smol::unblock(move || saved.save(&data_dir)).await.map_err(|error| ApiError::internal(&error))?;
+    crate::tasks::unblock(move || saved.save(&data_dir)).await.map_err(|error| ApiError::internal(&error))?;
     *backend.identity.lock().unwrap_or_else(PoisonError::into_inner) = identity;
     Ok(())
 }

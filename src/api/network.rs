@@ -33,7 +33,7 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
     let held = backend.agent.held_addresses();
     let network = backend.ground.network.clone();
     let ranges = state.cluster().map(|cluster| (cluster.container_range, cluster.vip_range));
-    let (connections, obstacles, ways, lans) = smol::unblock(move || {
+    let (connections, obstacles, ways, lans) = crate::tasks::unblock(move || {
         let obstacles =
             ranges.map(|(containers, vips)| foreign::obstacles(containers, vips)).unwrap_or_default();
         let connections = network.connection_counts().unwrap_or_default();
@@ -68,7 +68,7 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
                 address: way.address().to_string(),
             })
             .collect(),
-        connections: connections.into_iter().map(|(address, count)| (address.to_string(), count)).collect(),
+        connections: connections.into_iter().map(|(address, count)| (address.to_string(), count)).gather(),
         floating: held.held.iter().map(ToString::to_string).collect(),
         problems,
     }
@@ -147,7 +147,7 @@ async fn gather(backend: &Arc<Backend>) -> Vec<NodeNetworkBody> {
     for task in tasks {
         found.extend(task.await);
     }
-    found.sort_by(|a, b| a.node.cmp(&b.node));
+    found.order_by(|a, b| a.node.cmp(&b.node));
     found
 }
 
@@ -343,7 +343,7 @@ async fn check_address(backend: &Arc<Backend>, state: &State, address: Ipv4Addr)
         let message = format!("{address} is on no node's LAN ({})", lans.join("; "));
         return Err(ApiError::invalid(message));
     }
-    let by = smol::unblock(move || {
+    let by = crate::tasks::unblock(move || {
         let interfaces = lan::interfaces().ok()?;
         let interface = lan::interface_for(address, &interfaces)?;
         arp::probe(interface, address).ok().flatten()
@@ -378,6 +378,6 @@ pub async fn check(backend: &Arc<Backend>, name: &str) -> Result<Reply, ApiError
     let service =
         state.service_by_name(&app, service).cloned().ok_or_else(|| ApiError::not_found("service", name))?;
     let nodes: BTreeMap<String, NodeNetworkBody> =
-        gather(backend).await.into_iter().map(|facts| (facts.node.clone(), facts)).collect();
+        gather(backend).await.into_iter().map(|facts| (facts.node.clone(), facts)).gather();
     body::ok(&network_check::walk(backend, &state, &service, &nodes).await)
 }

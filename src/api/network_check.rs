@@ -116,7 +116,7 @@ async fn process_step(state: &State, service: &Service, instance: &Instance) -> 
         .iter()
         .filter(|port| port.protocol == Protocol::Tcp)
         .map(|port| port.target)
-        .collect();
+        .gather();
     if ports.is_empty() {
         return fine("process", format!("{name} runs on {node}; it publishes no TCP port to try"));
     }

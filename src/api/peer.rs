@@ -7,6 +7,7 @@ use super::error::ApiError;
 use crate::control::Undone;
 use crate::model::*;
 use crate::state::{Command, Outcome, RequestMark};
+use crate::tasks::Launch;
 use crate::transport::peers::Transport;
 use crate::transport::streams::PeerStream;
 use async_executor::Executor;
@@ -69,7 +70,7 @@ pub async fn send(
         hyper::client::conn::http1::handshake(FuturesIo::new(stream)).await.map_err(http)?;
     // Ends with the stream: when the answer has been read, or either side drops it.
     executor
-        .spawn(async move {
+        .launch(async move {
             let _ = connection.with_upgrades().await;
         })
         .detach();
@@ -137,7 +138,7 @@ pub async fn proxy(
     {
         let server = hyper::upgrade::on(&mut answer);
         executor
-            .spawn(async move {
+            .launch(async move {
                 if let (Ok(client), Ok(server)) = (client.await, server.await) {
                     splice(client, server).await;
                 }

@@ -7,6 +7,7 @@ use super::peer;
 use crate::model::*;
 use crate::network::{PortKey, Taken};
 use crate::state::State;
+use crate::tasks::Launch;
 use hyper::body::Incoming;
 use hyper::{Method, Request, StatusCode};
 use serde::{Deserialize, Serialize};
@@ -47,7 +48,7 @@ pub async fn check(backend: &Arc<Backend>, state: &State, spec: &AppSpec) -> Res
     let mut tasks = Vec::new();
     for node in backend.transport.connections().into_keys() {
         let (backend, keys) = (backend.clone(), keys.clone());
-        tasks.push(backend.executor.clone().spawn(async move {
+        tasks.push(backend.executor.clone().launch(async move {
             let taken = peer::within(LIMIT, ask(&backend, node, &keys)).await.flatten();
             (node, taken.unwrap_or_default())
         }));
@@ -91,17 +92,17 @@ fn new_ports(state: &State, spec: &AppSpec) -> Vec<PortKey> {
         .services_of(&spec.name)
         .filter(|service| !service.is_removed)
         .flat_map(|service| service.spec.ports.iter().filter_map(key))
-        .collect();
+        .gather();
     // A port of one node alone is no reason to refuse because of another node.
     let is_everywhere = |port: &&PortSpec| !port.is_host_mode;
     let ports = spec.services.values().flat_map(|service| &service.ports);
-    let wanted: BTreeSet<PortKey> = ports.filter(is_everywhere).filter_map(key).collect();
+    let wanted: BTreeSet<PortKey> = ports.filter(is_everywhere).filter_map(key).gather();
     wanted.difference(&known).copied().collect()
 }
 
 async fn own(backend: &Backend, keys: Vec<PortKey>) -> Vec<Taken> {
     let network = backend.ground.network.clone();
-    smol::unblock(move || network.taken_ports(&keys)).await
+    crate::tasks::unblock(move || network.taken_ports(&keys)).await
 }
 
 async fn ask(backend: &Backend, node: NodeId, keys: &[PortKey]) -> Option<Vec<Taken>> {

@@ -108,7 +108,7 @@ pub(super) async fn holders(backend: &Arc<Backend>, state: &State) -> Vec<NodeId
         .filter(|node| node.has_cluster_key && node.id != backend.node && connected.contains_key(&node.id))
         .map(|node| node.id)
         .collect();
-    holders.sort_by_key(|node| (Some(*node) != leader, *node));
+    holders.order_by_key(|node| (Some(*node) != leader, *node));
     holders
 }
 

@@ -167,7 +167,7 @@ impl View<'_> {
                 .instances_of(service.id)
                 .filter(|row| row.observed.phase.is_running() && row.desired == Desired::Run)
                 .filter_map(|row| row.node)
-                .collect();
+                .gather();
             for node in nodes {
                 let host = port.host_address.map(IpAddr::from).or_else(|| self.addresses.get(&node).copied());
                 if let Some(host) = host {

@@ -5,6 +5,7 @@
 
 use super::partitions::{self, SECTOR};
 use crate::linux::machine;
+use crate::model::Order;
 use anyhow::{Context, Result, bail};
 use nix::mount::MsFlags;
 use std::fs::{self, File};
@@ -100,7 +101,7 @@ pub fn volumes() -> Vec<Volume> {
         let transport = transport_of(&path.display().to_string());
         found.push(Volume { name, label, file_system, transport, partition });
     }
-    found.sort_by(|a, b| (a.transport, &a.name).cmp(&(b.transport, &b.name)));
+    found.order_by(|a, b| (a.transport, &a.name).cmp(&(b.transport, &b.name)));
     found
 }
 

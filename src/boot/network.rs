@@ -8,6 +8,7 @@
 use super::dhcp::packet::Lease;
 use super::dhcp::{Client, Event, Output};
 use super::settings::{Addressing, Settings};
+use crate::model::Order;
 use crate::network::link::{self, Route};
 use crate::network::netlink::Socket;
 use anyhow::{Context, Result};
@@ -84,7 +85,7 @@ fn physical_names() -> Vec<String> {
         .filter_map(|entry| entry.file_name().into_string().ok())
         .filter(|name| is_physical(name))
         .collect();
-    names.sort();
+    names.order();
     names
 }
 

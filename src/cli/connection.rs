@@ -4,6 +4,7 @@
 //! is given counts. A socket gives a Unix stream; a context gives TLS to whichever of its nodes answers first, the
 //! remembered ones started 250 ms apart so that a dead board costs little.
 
+use crate::model::Order;
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -154,7 +155,7 @@ impl Remote {
     async fn connect(&self, executor: &LocalExecutor<'static>) -> Result<BoxedStream, Failure> {
         let mut addresses = self.context.borrow().file.addresses.clone();
         let preferred = self.preferred.get();
-        addresses.sort_by_key(|address| Some(*address) != preferred);
+        addresses.order_by_key(|address| Some(*address) != preferred);
         let (sender, results) = async_channel::bounded(addresses.len().max(1));
         let mut attempts = Vec::new();
         for (number, address) in addresses.iter().copied().enumerate() {

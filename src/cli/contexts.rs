@@ -7,6 +7,7 @@
 //!
 //! Invariant: what was saved loads, and nobody else may read the key (`a_context_loads_as_it_was_saved`).
 
+use crate::model::Order;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::net::SocketAddr;
@@ -85,7 +86,7 @@ impl Store {
             let name = entry.with_context(|| format!("read {}", folder.display()))?.file_name();
             names.extend(name.into_string().ok().filter(|name| is_label(name)));
         }
-        names.sort();
+        names.order();
         Ok(names)
     }
 

@@ -5,6 +5,7 @@
 //! client elsewhere measures how long each service is away.
 
 use super::lab::{self, Lab};
+use crate::model::Gather;
 use anyhow::{Context, Result, bail};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
@@ -220,7 +221,7 @@ impl Picture {
                 .map(|node| (node.name.clone(), node.address, node.is_running()))
                 .collect(),
             by_node,
-            holders: holders.iter().filter_map(|name| name.as_str().map(String::from)).collect(),
+            holders: holders.iter().filter_map(|name| name.as_str().map(String::from)).gather(),
         })
     }
 

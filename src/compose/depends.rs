@@ -6,7 +6,7 @@ use super::keys::{self, supported};
 use super::problem::{Problems, Spot, shortened};
 use super::tree::Value;
 use super::values;
-use crate::model::{DependencyCondition, ServiceSpec};
+use crate::model::{DependencyCondition, Gather, ServiceSpec};
 use std::collections::{BTreeMap, BTreeSet};
 
 pub fn read_depends(spot: &Spot<'_>, problems: &mut Problems) -> BTreeMap<String, DependencyCondition> {
@@ -55,7 +55,7 @@ pub fn check_depends(
     left_out: &BTreeSet<String>,
     problems: &mut Problems,
 ) {
-    let names: BTreeSet<String> = services.keys().cloned().collect();
+    let names: BTreeSet<String> = services.keys().cloned().gather();
     for (name, service) in services.iter_mut() {
         let Some(spot) = spots.get(name) else { continue };
         service.depends_on.retain(|wanted, _| {

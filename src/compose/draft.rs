@@ -3,7 +3,7 @@
 //! Input: what the Compose file asks for, then the digest of each packed path. Output: the specification.
 //! Packing itself is the caller's: it needs the file system.
 
-use crate::model::{AppSpec, Digest, MountSource, MountSpec, SecretName};
+use crate::model::{AppSpec, Digest, MountSource, MountSpec, Order, SecretName};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -95,7 +95,7 @@ impl Draft {
             }
         }
         for service in app.services.values_mut() {
-            service.mounts.sort_by(|a, b| a.target.cmp(&b.target));
+            service.mounts.order_by(|a, b| a.target.cmp(&b.target));
         }
         Ok(app)
     }

@@ -8,6 +8,7 @@ use super::dotenv::parse_dotenv;
 use super::keys::{self, supported};
 use super::problem::{Problems, Spot, shortened};
 use super::values;
+use crate::model::Gather;
 use std::collections::BTreeMap;
 use std::error::Error;
 
@@ -41,7 +42,7 @@ pub fn read_environment(
             let value = value.or_else(|| surroundings.environment.get(&name).cloned())?;
             Some((name, value))
         })
-        .collect()
+        .gather()
 }
 
 fn read_file(

@@ -5,6 +5,7 @@
 
 use super::problem::{Problems, Spot, shortened};
 use super::tree::{Entry, Node, Value};
+use crate::model::Gather;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Defaults inside defaults; deeper is a mistake or an attack.
@@ -122,7 +123,7 @@ pub fn interpolate(
 ) -> Result<Interpolated, InterpolateError> {
     let mut reader = Reader { rest: text, whole: text, variables, unset: Vec::new() };
     let text = reader.read(0, false)?;
-    Ok(Interpolated { text, unset: reader.unset.into_iter().collect() })
+    Ok(Interpolated { text, unset: reader.unset.into_iter().gather() })
 }
 
 struct Reader<'t> {

@@ -38,7 +38,7 @@ pub use problem::{Problem, Severity};
 pub use tree::FILE_BYTES_MAX;
 
 use crate::model::limits::{ENTRY_BYTES_MAX, INSTANCES_MAX, SERVICES_PER_APP_MAX};
-use crate::model::{AppName, AppSpec};
+use crate::model::{AppName, AppSpec, Gather};
 use keys::supported;
 use mounts::{Mounts, read_declared};
 use networks::Networks;
@@ -127,7 +127,7 @@ fn read_file(text: &str, surroundings: &Surroundings<'_>, problems: &mut Problem
         problems.error_with(&root_spot, "there is no `services:`, as in the first Compose files", hint);
         return None;
     }
-    let entries: BTreeMap<&str, Spot<'_>> = supported(&root_spot, keys::FILE, problems).into_iter().collect();
+    let entries: BTreeMap<&str, Spot<'_>> = supported(&root_spot, keys::FILE, problems).into_iter().gather();
     let name = app_name(entries.get("name"), surroundings, problems);
     let declared = entries.get("volumes").map(|spot| {
         read_mapping(spot, problems);
@@ -240,7 +240,7 @@ fn finish(
         }
     }
     let wishes = shared.secrets.finish(&name, &mut services, spot, problems);
-    let secrets = wishes.iter().map(|wish| wish.name.clone()).collect();
+    let secrets = wishes.iter().map(|wish| wish.name.clone()).gather();
     Draft {
         app: AppSpec { name, services, volumes: shared.mounts.volumes, secrets },
         content,

@@ -9,7 +9,7 @@ use super::draft::{ContentKind, ContentWish};
 use super::keys::{self, supported};
 use super::problem::{Problems, Spot, shortened};
 use super::values;
-use crate::model::{MountSource, MountSpec, VolumeSpec};
+use crate::model::{Gather, MountSource, MountSpec, VolumeSpec};
 use sha2::{Digest as _, Sha256};
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -168,9 +168,9 @@ impl<'n> Mounts<'n> {
     ) -> (BTreeMap<String, Vec<MountSpec>>, Vec<ContentWish>) {
         let binds = std::mem::take(&mut self.binds);
         let kinds: BTreeMap<&str, PathKind> =
-            binds.iter().map(|bind| (bind.path.as_str(), look(&bind.path))).collect();
+            binds.iter().map(|bind| (bind.path.as_str(), look(&bind.path))).gather();
         let written: BTreeSet<&str> =
-            binds.iter().filter(|bind| !bind.is_read_only).map(|bind| bind.path.as_str()).collect();
+            binds.iter().filter(|bind| !bind.is_read_only).map(|bind| bind.path.as_str()).gather();
         let mut mounts: BTreeMap<String, Vec<MountSpec>> = BTreeMap::new();
         let mut wishes = Vec::new();
         for bind in &binds {

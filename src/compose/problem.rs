@@ -3,6 +3,7 @@
 //! Input: findings in any order. Output: one list without repeats, sorted by line.
 
 use super::tree::Node;
+use crate::model::Order;
 use std::fmt;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -112,7 +113,7 @@ impl Problems {
     pub fn into_sorted(self) -> Vec<Problem> {
         let mut found = self.found;
         let line_last = found.iter().map(|problem| problem.line).max().unwrap_or(0);
-        found.sort_by(|a, b| {
+        found.order_by(|a, b| {
             (a.line, a.column, a.severity, &a.message).cmp(&(b.line, b.column, b.severity, &b.message))
         });
         found.dedup();

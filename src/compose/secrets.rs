@@ -10,7 +10,7 @@ use super::keys::{self, Table, supported};
 use super::mounts::clean_target;
 use super::problem::{Problems, Spot, shortened};
 use super::values;
-use crate::model::{AppName, SecretName, SecretUse, ServiceSpec};
+use crate::model::{AppName, Order, SecretName, SecretUse, ServiceSpec};
 use std::collections::BTreeMap;
 
 /// Readable for everyone in the container, as in Docker.
@@ -170,7 +170,7 @@ impl Secrets {
                 }
             }
         }
-        services.values_mut().for_each(|spec| spec.secrets.sort_by(|a, b| a.target.cmp(&b.target)));
+        services.values_mut().for_each(|spec| spec.secrets.order_by(|a, b| a.target.cmp(&b.target)));
         wishes.into_values().collect()
     }
 }

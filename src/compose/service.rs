@@ -17,7 +17,8 @@ use crate::model::limits::{REPLICAS_MAX, SERVICE_SPEC_BYTES_MAX};
 use std::collections::BTreeMap;
 
 use crate::model::{
-    Constraint, ConstraintSubject, ImageSpec, MountSource, MountSpec, RestartPolicy, ServiceSpec,
+    Constraint, ConstraintSubject, Gather, ImageSpec, MountSource, MountSpec, Order, RestartPolicy,
+    ServiceSpec,
 };
 
 /// What services share while a file is read.
@@ -130,7 +131,7 @@ impl ServiceReader {
             }
             "labels" => {
                 let pairs = values::pairs(entry, problems).into_iter();
-                spec.labels = pairs.map(|(key, value)| (key, value.unwrap_or_default())).collect();
+                spec.labels = pairs.map(|(key, value)| (key, value.unwrap_or_default())).gather();
                 name_label_problems(&spec.labels, entry, problems);
             }
             "healthcheck" => spec.health = health::read_health(entry, problems),
@@ -271,7 +272,7 @@ impl ServiceReader {
         self.spec.resources = self.amounts.settled(spot, problems);
         self.spec.restart = self.amounts.restart.unwrap_or_default();
         let mut targets: Vec<&str> = self.spec.mounts.iter().map(|mount| mount.target.as_str()).collect();
-        targets.sort_unstable();
+        targets.order();
         if let Some(pair) = targets.windows(2).find(|pair| pair[0] == pair[1]) {
             problems.error_with(spot, format_args!("{} is mounted twice", pair[0]), "keep one of them");
         }

@@ -5,8 +5,8 @@
 
 use super::log::LogCache;
 use super::{Batch, ConfChangeV2, ConfState, Entry, HardState, Message, MessageType, SnapshotImage, Stored};
-use crate::model::NodeId;
 use crate::model::limits::{ENTRY_BYTES_MAX, LOG_BYTES_MAX, LOG_ENTRIES_MAX};
+use crate::model::{NodeId, Order};
 use raft::{Config, RawNode, Ready, StateRole};
 use std::collections::VecDeque;
 
@@ -389,7 +389,7 @@ impl Driver {
 /// A learner never stands for election; its place does not matter.
 fn place_of(id: NodeId, conf_state: &ConfState) -> (u64, u64) {
     let mut voters = conf_state.voters.clone();
-    voters.sort_unstable();
+    voters.order();
     let rank = voters.iter().position(|voter| *voter == id.0).unwrap_or(0);
     (rank as u64, (voters.len() as u64).clamp(1, ELECTION_TICKS_SPREAD))
 }

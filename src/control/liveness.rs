@@ -4,7 +4,7 @@
 //! new leader judges by the table it already has.
 
 use super::Now;
-use crate::model::{Condition, Mono, Node, NodeId, StartId, Timestamp};
+use crate::model::{Condition, Gather, Mono, Node, NodeId, StartId, Timestamp};
 use crate::planner::addresses::SUSPECTED_AFTER_MS;
 use crate::planner::{Heard, HeardNodes};
 use crate::state::{Command, State};
@@ -180,7 +180,7 @@ impl Liveness {
                 };
                 (*id, heard)
             })
-            .collect()
+            .gather()
     }
 
     /// Nodes that could hold the floating address at this place in the state's order.
@@ -188,11 +188,11 @@ impl Liveness {
         let can = |last: &LastHeard| {
             now.since_ms(last.at) < SUSPECTED_AFTER_MS && last.alive.figures.holdable & (1 << index) != 0
         };
-        self.heard.iter().filter(|(_, last)| can(last)).map(|(id, _)| *id).collect()
+        self.heard.iter().filter(|(_, last)| can(last)).map(|(id, _)| *id).gather()
     }
 
     pub fn silent_ms(&self, now: Mono) -> BTreeMap<NodeId, u64> {
-        self.heard.iter().map(|(id, last)| (*id, now.since_ms(last.at))).collect()
+        self.heard.iter().map(|(id, last)| (*id, now.since_ms(last.at))).gather()
     }
 
     pub fn note_leader(&mut self, leader: Option<NodeId>, now: Mono) {

@@ -6,7 +6,7 @@
 
 use super::liveness::Liveness;
 use crate::consensus::{ConfChangeSingle, ConfChangeTransition, ConfChangeType, ConfChangeV2, Driver};
-use crate::model::{Condition, Desired, Mono, Node, NodeId, Timestamp};
+use crate::model::{Condition, Desired, Gather, Mono, Node, NodeId, Order, Timestamp};
 use crate::state::State;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -72,8 +72,8 @@ impl Membership {
             }
             return wishes;
         }
-        let voters: BTreeSet<NodeId> = conf.voters.iter().map(|id| NodeId(*id)).collect();
-        let learners: BTreeSet<NodeId> = conf.learners.iter().map(|id| NodeId(*id)).collect();
+        let voters: BTreeSet<NodeId> = conf.voters.iter().map(|id| NodeId(*id)).gather();
+        let learners: BTreeSet<NodeId> = conf.learners.iter().map(|id| NodeId(*id)).gather();
         for node in view.state.nodes.rows().filter(|node| node.is_leaving && !voters.contains(&node.id)) {
             let since = *self.leaving_since.entry(node.id).or_insert(view.now);
             let has_waited = view.now.since_ms(since) >= LEAVE_WAIT_MS;
@@ -179,10 +179,10 @@ impl Membership {
             }
         }
         // The leader stays; of the others the youngest go.
-        keep.sort_by_key(|id| (*id != view.own, !view.liveness.is_steady(*id, view.now), *id));
+        keep.order_by_key(|id| (*id != view.own, !view.liveness.is_steady(*id, view.now), *id));
         keep.truncate(wanted);
         let missing = wanted - keep.len();
-        let mut target: BTreeSet<NodeId> = keep.into_iter().collect();
+        let mut target: BTreeSet<NodeId> = keep.into_iter().gather();
         target.extend(candidates.into_iter().take(missing));
         // A voter that was replaced keeps its vote until another can take it: fewer voters would be a step back.
         let has_stranger = voters.iter().any(|id| !view.state.nodes.contains(id));
@@ -232,7 +232,7 @@ impl Membership {
             }
             // A sole voter that leaves first makes the other one vote.
             None => {
-                let both: BTreeSet<NodeId> = target.union(voters).copied().collect();
+                let both: BTreeSet<NodeId> = target.union(voters).copied().gather();
                 let learners = BTreeSet::new();
                 if !target.is_empty()
                     && let Some(change) = self.change(view, voters, &learners, &both)
@@ -251,7 +251,7 @@ impl Membership {
         learners: &BTreeSet<NodeId>,
         target: &BTreeSet<NodeId>,
     ) -> Option<ConfChangeV2> {
-        let registered: BTreeSet<NodeId> = view.state.nodes.rows().map(|node| node.id).collect();
+        let registered: BTreeSet<NodeId> = view.state.nodes.rows().map(|node| node.id).gather();
         let mut changes = Vec::new();
         for id in target.difference(voters) {
             changes.push(single(ConfChangeType::AddNode, *id));

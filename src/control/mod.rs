@@ -20,7 +20,7 @@ use crate::consensus::{
     Batch, ConfState, Driver, DriverConfig, Effects, Entry, EntryType, Message, MessageType, Stored,
 };
 use crate::model::limits::{ENTRY_BYTES_MAX, UNWRITTEN_CHANGES_BYTES_MAX};
-use crate::model::{Mono, NodeId, StartId, Timestamp};
+use crate::model::{Gather, Mono, NodeId, StartId, Timestamp};
 use crate::planner;
 use crate::state::{Command, Envelope, Origin, Outcome, RequestMark, State};
 use clock::ClusterClock;
@@ -316,7 +316,7 @@ impl Control {
             let stays = |node: &NodeId| {
                 self.state.nodes.find(node).is_some_and(|node| !node.is_drained && !node.is_leaving)
             };
-            let candidates = self.liveness.holders(index, now).into_iter().filter(stays).collect();
+            let candidates = self.liveness.holders(index, now).into_iter().filter(stays).gather();
             let to = planner::addresses::holder(row.address, row.holder, &candidates)?;
             let command = Command::AssignAddress { address: row.address, epoch: row.epoch, to };
             (row.holder != Some(to)).then_some(command)

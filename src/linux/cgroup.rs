@@ -3,6 +3,7 @@
 //! Input: a path below the root such as `tinydc-1a2b3c4d/web-1`. Output: files written and read there.
 //! It touches no path but the one it is given, and never the root's own files except to enable v2 controllers.
 
+use crate::model::Order;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -237,7 +238,7 @@ impl Cgroups {
     pub fn children(&self, path: &str) -> Vec<String> {
         let mut names: Vec<String> =
             self.folders(path).iter().flat_map(|folder| subfolders(folder)).collect();
-        names.sort();
+        names.order();
         names.dedup();
         names
     }

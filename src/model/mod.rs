@@ -8,6 +8,7 @@ pub mod instance;
 pub mod limits;
 pub mod local_network;
 pub mod node;
+pub mod order;
 pub mod secret;
 pub mod settings;
 pub mod spec;
@@ -20,6 +21,7 @@ pub use ids::{
 pub use instance::{Desired, Exit, Instance, Observed, Phase};
 pub use local_network::LocalNetwork;
 pub use node::{Architecture, Condition, Node, NodeSize};
+pub use order::{Gather, Order};
 pub use secret::{SecretName, SecretNameError};
 pub use settings::Settings;
 pub use spec::{

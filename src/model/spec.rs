@@ -6,6 +6,7 @@
 use super::artifact::Digest;
 use super::ids::AppName;
 use super::secret::SecretName;
+use crate::model::Gather;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -295,7 +296,7 @@ impl ServiceSpec {
                 MountSource::Content { digest, .. } => Some(digest),
                 _ => None,
             })
-            .collect()
+            .gather()
     }
 
     /// Whether an instance can only be replaced after the old one has stopped.

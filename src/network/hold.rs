@@ -4,7 +4,7 @@
 //! Nobody ever connects to these sockets: the table of nftables sends callers to containers, or refuses them.
 
 use super::nft::table::PortKey;
-use crate::model::Protocol;
+use crate::model::{Gather, Protocol};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -96,8 +96,8 @@ fn owner(protocol: Protocol, port: u16) -> Option<String> {
         .iter()
         .filter_map(|family| fs::read_to_string(format!("/proc/net/{}{family}", protocol.name())).ok())
         .flat_map(|text| inodes_of(&text, protocol, port))
-        .collect();
-    let links: BTreeSet<String> = inodes.iter().map(|inode| format!("socket:[{inode}]")).collect();
+        .gather();
+    let links: BTreeSet<String> = inodes.iter().map(|inode| format!("socket:[{inode}]")).gather();
     fs::read_dir("/proc").ok()?.flatten().find_map(|process| {
         let descriptors = fs::read_dir(process.path().join("fd")).ok()?;
         let has = descriptors

@@ -2,7 +2,7 @@
 
 use super::link;
 use super::netlink::Socket;
-use crate::model::LocalNetwork;
+use crate::model::{Gather, LocalNetwork};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::Ipv4Addr;
@@ -42,7 +42,7 @@ pub fn interfaces() -> io::Result<Vec<Interface>> {
             let address = entry.address.as_ref()?.as_link_addr()?.addr()?;
             Some((entry.interface_name.as_str(), address))
         })
-        .collect();
+        .gather();
     let mut found = Vec::new();
     for entry in &entries {
         let ipv4 = |address: &Option<nix::sys::socket::SockaddrStorage>| {
@@ -68,7 +68,7 @@ pub fn networks() -> Vec<LocalNetwork> {
         prefix_length: interface.prefix_length,
         interface: interface.name,
     });
-    let mut found: BTreeSet<LocalNetwork> = own.collect();
+    let mut found: BTreeSet<LocalNetwork> = own.gather();
     let routed = Socket::route().and_then(|socket| link::networks(&socket)).unwrap_or_default();
     for (address, prefix_length, index) in routed {
         let interface = nix::net::if_::if_indextoname(index).ok().and_then(|name| name.into_string().ok());

@@ -28,6 +28,7 @@ pub use hold::Taken;
 pub use nft::table::{PortKey, PortRow, VipRow, Wanted};
 
 use crate::linux::netns;
+use crate::model::Gather;
 use conntrack::Conversation;
 use hold::Holds;
 use netlink::Socket;
@@ -240,7 +241,7 @@ impl Network {
         }
         self.reset_clients(&waiting);
         let mut holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(holds.set(&wanted.ports.keys().copied().collect()))
+        Ok(holds.set(&wanted.ports.keys().copied().gather()))
     }
 
     /// Ends connections of clients on this node, in whichever namespace they are.
@@ -326,9 +327,9 @@ impl Network {
         let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let clear = ways.values().filter(|way| !way.is_sealed());
-        let peers = clear.map(Way::address).filter(|address| !address.is_unspecified()).collect();
+        let peers = clear.map(Way::address).filter(|address| !address.is_unspecified()).gather();
         let others = members.iter().filter(|number| **number != numbers.own && !is_clear_allowed);
-        let sealed = others.map(|number| numbers.network(*number)).collect();
+        let sealed = others.map(|number| numbers.network(*number)).gather();
         table.set_peers(&netfilter, peers, sealed).map_err(kernel("tell the table where the nodes are"))?;
         first_error.map_or(Ok(()), Err)
     }
@@ -420,7 +421,7 @@ impl Network {
         let sealed: BTreeMap<u32, Slot> = Slot::ALL
             .into_iter()
             .filter_map(|slot| Some((link::index_of(slot.link_name()).ok()?, slot)))
-            .collect();
+            .gather();
         let ways = link::routes(socket)?.into_iter().filter_map(|route| {
             let (to, length) = route.to?;
             let [first, second, number, _] = to.octets();
@@ -434,7 +435,7 @@ impl Network {
             };
             ([first, second] == range[..2] && length == 24).then_some((number, way))
         });
-        Ok(ways.collect())
+        Ok(ways.gather())
     }
 
     /// Namespaces of containers that are not in `keep`.

@@ -8,6 +8,7 @@ use super::lan::{self, Interface};
 use super::link::{self, Route};
 use super::netlink::Socket;
 use super::wireguard::Slot;
+use crate::model::Gather;
 use std::collections::BTreeSet;
 use std::io;
 use std::net::Ipv4Addr;
@@ -155,7 +156,7 @@ fn tunnel(socket: &Socket, numbers: &Numbers) -> io::Result<u32> {
 pub fn lan_mtu(socket: &Socket) -> u32 {
     const USUAL: u32 = 1500;
     let lans: BTreeSet<u32> =
-        lan::interfaces().unwrap_or_default().iter().map(|interface| interface.index).collect();
+        lan::interfaces().unwrap_or_default().iter().map(|interface| interface.index).gather();
     let mtus = link::mtus(socket).unwrap_or_default();
     let narrowest = mtus.iter().filter(|(index, _)| lans.contains(index)).map(|(_, mtu)| *mtu).min();
     narrowest.unwrap_or(USUAL).clamp(576, USUAL)

@@ -4,7 +4,7 @@
 //! A machine without IPv6 simply has none. The container sees this node as its client.
 
 use super::ingress::Socket;
-use crate::tasks::{TaskGroup, within};
+use crate::tasks::{Launch, TaskGroup, within};
 use async_executor::{Executor, Task};
 use async_io::{Async, Timer};
 use futures_lite::io::{copy, split};
@@ -61,7 +61,7 @@ impl Relay {
             let Ok(listener) = listen(*port) else { continue };
             let shared: Endpoints = Arc::new(Mutex::new(endpoints.clone()));
             let work = accept(listener, shared.clone(), self.connections.clone(), self.open.clone());
-            let accepting = self.executor.spawn(work);
+            let accepting = self.executor.launch(work);
             self.ports.insert(*port, Port { endpoints: shared, _accepting: accepting });
         }
     }

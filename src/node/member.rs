@@ -18,6 +18,7 @@ use crate::replica::{Handle, PeerFrame, Replica, ReplicaConfig, SnapshotHeader};
 use crate::runtime::{Runtime, RuntimeConfig};
 use crate::state::{Command, State};
 use crate::storage::SqliteStore;
+use crate::tasks::Launch;
 use crate::transport::admission::{AdmissionTable, Known, admit};
 use crate::transport::by_code::CodeReply;
 use crate::transport::codes::{Grant, Lasting, Shown, make_code};
@@ -109,7 +110,7 @@ pub(crate) async fn run(
     if matches!(ended, Ended::Removed) {
         backend.agent.stop().await;
         let ground = backend.ground.clone();
-        smol::unblock(move || {
+        crate::tasks::unblock(move || {
             if let Err(error) = ground.runtime.erase() {
                 warn!(%error, "remove containers");
             }
@@ -144,7 +145,7 @@ impl<'a> Run<'a> {
         // Known before they are hinted at: what a stranger's address is said to be goes unheard.
         let first = founding::first_members(&data_dir);
         if !first.is_empty() {
-            transport.set_members(first.iter().map(|(node, known)| (*node, known.public_key)).collect());
+            transport.set_members(first.iter().map(|(node, known)| (*node, known.public_key)).gather());
         }
         for (member, known) in first {
             known.addresses.into_iter().for_each(|address| transport.hint(member, address));
@@ -163,7 +164,7 @@ impl<'a> Run<'a> {
         let _ = late.replica.set(replica.handle().clone());
         let server = Arc::new(OnceLock::new());
         let fail = end.clone();
-        let watch_halt = executor.spawn(async move {
+        let watch_halt = executor.launch(async move {
             if let Ok(why) = halted.recv().await {
                 let _ = fail.send(Ended::Failed(why)).await;
             }
@@ -178,7 +179,7 @@ impl<'a> Run<'a> {
             door: transport.door().clone(),
         };
         let members = keep_members(transport.clone(), replica.handle().clone(), data_dir, node);
-        let tasks = vec![watch_halt, executor.spawn(pump.run(events)), executor.spawn(members)];
+        let tasks = vec![watch_halt, executor.launch(pump.run(events)), executor.launch(members)];
         Ok(Run {
             config,
             executor,
@@ -266,7 +267,7 @@ impl<'a> Run<'a> {
             holdable: self.holdable.clone(),
         }));
         let leases = keep_leases(self.node, self.start_id, ground.clone(), self.replica.handle().clone());
-        self.tasks.push(self.executor.spawn(leases));
+        self.tasks.push(self.executor.launch(leases));
         let (leave, leaving) = async_channel::bounded(1);
         let api_listen = self.config.api_listen();
         let backend = Arc::new(Backend {
@@ -283,11 +284,11 @@ impl<'a> Run<'a> {
             api_port: api_listen.port(),
         });
         let _ = self.late.backend.set(backend.clone());
-        self.tasks.push(self.executor.spawn(confirm_cluster_key(backend.clone())));
-        self.tasks.push(self.executor.spawn(keep_certificates(backend.clone())));
+        self.tasks.push(self.executor.launch(confirm_cluster_key(backend.clone())));
+        self.tasks.push(self.executor.launch(keep_certificates(backend.clone())));
         let server = Server::new(backend.clone());
         let _ = self.server.set(server.clone());
-        self.tasks.push(self.executor.spawn(accept_local(
+        self.tasks.push(self.executor.launch(accept_local(
             listener.clone(),
             server.clone(),
             self.executor.clone(),
@@ -296,7 +297,7 @@ impl<'a> Run<'a> {
         let https = HttpsServer::new(&self.identity.node_key, &membership)?;
         let tcp =
             Async::<TcpListener>::bind(api_listen).with_context(|| format!("listen on TCP {api_listen}"))?;
-        self.tasks.push(self.executor.spawn(accept_tls(tcp, https, server, self.executor.clone())));
+        self.tasks.push(self.executor.launch(accept_tls(tcp, https, server, self.executor.clone())));
         let keeper = WaysKeeper {
             own: self.node,
             ways: backend.ways.clone(),
@@ -304,7 +305,7 @@ impl<'a> Run<'a> {
             transport: self.transport.clone(),
             replica: self.replica.handle().clone(),
         };
-        self.tasks.push(self.executor.spawn(keeper.run()));
+        self.tasks.push(self.executor.launch(keeper.run()));
         self.end_when_removed(leaving);
         info!(node = %self.node, name = state.node_name(self.node), "node serves");
         Ok(backend)
@@ -314,7 +315,7 @@ impl<'a> Run<'a> {
     fn end_when_removed(&mut self, leaving: async_channel::Receiver<()>) {
         let end = self.end.clone();
         let (leaving_replica, own, mut begin) = (self.replica.handle().clone(), self.node, Instant::now());
-        self.tasks.push(self.executor.spawn(async move {
+        self.tasks.push(self.executor.launch(async move {
             if leaving.recv().await.is_ok() {
                 // Ended by the peers' word that this node was removed, or by the state saying so. Never by a clock: a
                 // node that wiped itself while it still votes would take the quorum with it.
@@ -410,7 +411,7 @@ impl<'a> Run<'a> {
             task.cancel().await;
         }
         let replica = self.replica;
-        smol::unblock(move || replica.stop()).await;
+        crate::tasks::unblock(move || replica.stop()).await;
     }
 }
 
@@ -502,8 +503,8 @@ impl Gate {
                 };
                 (node.id, known)
             })
-            .collect();
-        let removed: BTreeSet<PublicKey> = state.removed_keys.iter().map(|(key, _)| *key).collect();
+            .gather();
+        let removed: BTreeSet<PublicKey> = state.removed_keys.iter().map(|(key, _)| *key).gather();
         let feature_level = state.cluster().map_or(0, |cluster| cluster.feature_level);
         admit(&AdmissionTable { feature_level, members, removed }, claim, now_ms)?;
         let hello = &claim.hello;
@@ -593,13 +594,13 @@ impl EventPump {
                 // Before this node serves, a peer gets nothing and asks again.
                 if let Some(server) = self.server.get().cloned() {
                     self.executor
-                        .spawn(async move { server.serve(stream, Connection::Peer(from)).await })
+                        .launch(async move { server.serve(stream, Connection::Peer(from)).await })
                         .detach();
                 }
             }
             Event::Join(asked) => {
                 if let Some(backend) = self.late.backend.get().cloned() {
-                    self.executor.spawn(answer_join(backend, asked)).detach();
+                    self.executor.launch(answer_join(backend, asked)).detach();
                 }
             }
             Event::Code(asked) => self.take_code(asked),
@@ -621,7 +622,7 @@ impl EventPump {
 impl EventPump {
     fn take_code(&self, asked: CodeAsked) {
         match self.late.backend.get().cloned() {
-            Some(backend) => self.executor.spawn(answer_code(backend, asked)).detach(),
+            Some(backend) => self.executor.launch(answer_code(backend, asked)).detach(),
             None => {
                 // Before this node serves its code must not be used up: the asker comes again.
                 if let Some(tried) = asked.tried {
@@ -642,14 +643,14 @@ async fn keep_members(transport: Transport, replica: Handle, data_dir: std::path
     let first: BTreeMap<NodeId, PublicKey> = founding::first_members(&data_dir)
         .into_iter()
         .map(|(node, member)| (node, member.public_key))
-        .collect();
+        .gather();
     let mut told = None;
     loop {
         let state = replica.state();
         let members: BTreeMap<NodeId, PublicKey> = match state.cluster() {
             // A fresh member's state is empty until its first snapshot.
             None => first.clone(),
-            Some(_) => state.nodes.rows().map(|node| (node.id, node.public_key)).collect(),
+            Some(_) => state.nodes.rows().map(|node| (node.id, node.public_key)).gather(),
         };
         if told.as_ref() != Some(&members) && !members.is_empty() {
             transport.set_members(members.clone());
@@ -679,7 +680,7 @@ async fn accept_local(listener: Arc<Async<UnixListener>>, server: Server, execut
         match listener.accept().await {
             Ok((stream, _)) => {
                 let server = server.clone();
-                executor.spawn(async move { server.serve(stream, Connection::Local).await }).detach();
+                executor.launch(async move { server.serve(stream, Connection::Local).await }).detach();
             }
             Err(error) => {
                 warn!(%error, "accept on the local socket");
@@ -700,7 +701,7 @@ async fn accept_tls(
             Ok((stream, address)) => {
                 let (server, https) = (server.clone(), https.clone());
                 executor
-                    .spawn(async move {
+                    .launch(async move {
                         match https.accept(stream).await {
                             Ok((stream, peer)) => server.serve(stream, Connection::Tls(peer)).await,
                             Err(error) => tracing::debug!(%address, %error, "handshake"),

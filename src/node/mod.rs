@@ -15,6 +15,7 @@ pub use config::{Config, ConfigError};
 
 use crate::api::ApiError;
 use crate::api::wire::{InitReply, JoinDone};
+use crate::tasks::Launch;
 use crate::transport::identity::Identity;
 use anyhow::{Context, Result, bail};
 use async_executor::Executor;
@@ -117,7 +118,7 @@ async fn serve(config: Config, executor: Arc<Executor<'static>>) -> Result<()> {
     let signals = async_signal::Signals::new([Signal::Term, Signal::Int, Signal::Quit])
         .context("listen for signals")?;
     let (stop, stopping) = async_channel::bounded::<Stop>(1);
-    let listen_for_stop = executor.spawn(async move {
+    let listen_for_stop = executor.launch(async move {
         use futures_lite::StreamExt;
         let mut signals = signals;
         while let Some(Ok(signal)) = signals.next().await {

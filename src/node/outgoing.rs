@@ -5,6 +5,7 @@ use crate::control::Input;
 use crate::model::*;
 use crate::replica::{Handle, Outgoing, PeerFrame, SnapshotHeader};
 use crate::state::Command;
+use crate::tasks::Launch;
 use crate::transport::peers::Transport;
 use async_executor::Executor;
 use std::sync::{Arc, OnceLock};
@@ -52,7 +53,7 @@ impl Carrier {
     fn send_snapshot(&self, to: NodeId, message: crate::consensus::Message, frames: Arc<Vec<Vec<u8>>>) {
         let (transport, late) = (self.transport.clone(), self.late.clone());
         self.executor
-            .spawn(async move {
+            .launch(async move {
                 let bytes: usize = frames.iter().map(Vec::len).sum();
                 let chunks = futures_lite::stream::iter(in_chunks(&frames));
                 let outcome = transport.send_bulk(to, SnapshotHeader { message }.encode(), chunks).await;
@@ -69,14 +70,14 @@ impl Carrier {
 
     fn withdraw_key(&self, from: NodeId) {
         let Some(backend) = self.late.backend.get().cloned() else { return };
-        self.executor.spawn(async move { withdraw_cluster_key(&backend, from).await }).detach();
+        self.executor.launch(async move { withdraw_cluster_key(&backend, from).await }).detach();
     }
 
     fn offer_key(&self, to: NodeId) {
         let Some(backend) = self.late.backend.get().cloned() else { return };
         let Some(replica) = self.late.replica.get().cloned() else { return };
         self.executor
-            .spawn(async move {
+            .launch(async move {
                 if offer_cluster_key(&backend, to).await {
                     let command = Box::new(Command::ConfirmKey { node: to, has_key: true });
                     replica.input(Input::Report { command }).await;

@@ -10,6 +10,7 @@ use super::{Awaiting, Config, Stop, founding, machine, socket};
 use crate::api::wire::{InitRequest, JoinBody, JoiningBody};
 use crate::api::{ApiError, UnjoinedRequest, serve_unjoined};
 use crate::model::Architecture;
+use crate::tasks::Launch;
 use crate::tasks::lock;
 use crate::transport::authority::is_person_name;
 use crate::transport::by_code::{CodeReply, CodeRequest};
@@ -124,7 +125,7 @@ impl Unjoined<'_> {
             let code = door.as_ref().and_then(|door| door.displayed()).map(|shown| shown.code);
             JoiningBody { code, ..lock(&facts).clone() }
         });
-        self.executor.spawn(async move {
+        self.executor.launch(async move {
             while let Ok((stream, _)) = listener.accept().await {
                 tasks.spawn(serve_unjoined(stream, sender.clone(), joining.clone())).detach();
             }
@@ -184,7 +185,7 @@ impl Unjoined<'_> {
             pending.set_would_found(Some(CLUSTER_NAME.into()));
         }
         let hash = pending::key_hash(&self.key.public_key());
-        self.executor.spawn(async move { find_cluster(CLUSTER_NAME, &hash, LISTEN_FOR).await })
+        self.executor.launch(async move { find_cluster(CLUSTER_NAME, &hash, LISTEN_FOR).await })
     }
 
     /// A second cluster beside the one that is there is never what was meant.

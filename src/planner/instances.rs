@@ -38,7 +38,7 @@ pub fn plan_service(state: &State, service: &Service, now: Timestamp, steps: &mu
 /// 1 to `replicas`, or for a global service the numbers of the nodes that take it.
 fn wanted_slots(state: &State, service: &Service) -> BTreeSet<u32> {
     if !service.spec.is_global {
-        return (1..=service.spec.replicas).collect();
+        return (1..=service.spec.replicas).gather();
     }
     state
         .nodes
@@ -46,7 +46,7 @@ fn wanted_slots(state: &State, service: &Service) -> BTreeSet<u32> {
         .filter(|node| !node.is_drained && super::placement::satisfies(node, &service.spec))
         .filter(|node| node.condition == Condition::Up || has_instance_on(state, service, node))
         .map(|node| u32::from(node.number))
-        .collect()
+        .gather()
 }
 
 fn has_instance_on(state: &State, service: &Service, node: &Node) -> bool {

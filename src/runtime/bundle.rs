@@ -4,6 +4,7 @@
 //! The defaults are Docker's: capabilities, mounts, masked paths. Two differ. CAP_MKNOD is not given, because on
 //! cgroup v2 nothing else would keep a container from the disks; and no_new_privileges is always set.
 
+use crate::model::Order;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 
@@ -482,7 +483,7 @@ fn mounts(spec: &ContainerSpec, around: &Surroundings) -> Result<Vec<Mount>, Bun
         mounts.push(bind(&wanted.source, absolute(&wanted.destination)?, &["rbind", "rprivate", access])?);
     }
     // A mount inside another's destination must come after it, whatever the order in the service.
-    mounts[7..].sort_by_key(|mount| mount.destination().components().count());
+    mounts[7..].order_by_key(|mount| mount.destination().components().count());
     Ok(mounts)
 }
 

@@ -5,6 +5,7 @@
 //! Nothing is kept in memory: what is true stands in the run folder, in `/proc` and in the instance's folder, so a
 //! daemon that starts anew knows as much as the one before.
 
+use crate::model::Order;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -603,7 +604,7 @@ fn ids_in(folder: &Path) -> Result<Vec<ContainerId>, ContainerError> {
     };
     let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     let mut ids: Vec<ContainerId> = names.filter_map(|name| ContainerId::parse(&name).ok()).collect();
-    ids.sort();
+    ids.order();
     Ok(ids)
 }
 

@@ -3,6 +3,7 @@
 //! Input: the text and the image's `/etc/passwd` and `/etc/group`. Output: numbers. Pure; `read` fetches the files,
 //! resolved inside the image's root, so a link planted there cannot reach the node's own users.
 
+use crate::model::Order;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 
@@ -73,7 +74,7 @@ fn resolve(text: &str, passwd: &str, group: &str) -> Result<ResolvedUser, UserEr
                 name.as_deref().is_some_and(|name| members.split(',').any(|member| member == name))
             });
             groups.extend(members.map(|(_, id, _)| id).filter(|id| *id != gid));
-            groups.sort_unstable();
+            groups.order();
             groups.dedup();
         }
     }

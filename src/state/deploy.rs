@@ -118,7 +118,7 @@ fn with_ports_chosen(state: &State, spec: &AppSpec) -> Result<AppSpec, Rejection
         .chain(
             spec.services.values().flat_map(|service| service.ports.iter().filter_map(|port| port.published)),
         )
-        .collect();
+        .gather();
     for (name, service) in &mut spec.services {
         let before =
             state.service_by_name(&spec.name, name).map(|row| row.spec.ports.clone()).unwrap_or_default();
@@ -281,7 +281,7 @@ fn replace_spec(service: &mut Service, spec: ServiceSpec, now: Timestamp) {
 
 fn allocate_vip(state: &mut State) -> Result<Ipv4Addr, Rejection> {
     let range = state.cluster().map_or(Ipv4Addr::UNSPECIFIED, |cluster| cluster.vip_range);
-    let taken: BTreeSet<Ipv4Addr> = state.services.rows().map(|service| service.vip).collect();
+    let taken: BTreeSet<Ipv4Addr> = state.services.rows().map(|service| service.vip).gather();
     let next = state.meta.find(&()).map_or(0, |meta| meta.counters.next_vip);
     // Hosts 1 to 65534 of the /16, going round so that a freed address rests before it serves again.
     let found = (0..65_534u32)
@@ -419,7 +419,7 @@ fn prune_specs(state: &mut State) {
     let services: Vec<ServiceId> =
         state.services.rows().filter(|row| !row.superseded.is_empty()).map(|row| row.id).collect();
     for id in services {
-        let versions: BTreeSet<u64> = state.instances_of(id).map(|instance| instance.spec_version).collect();
+        let versions: BTreeSet<u64> = state.instances_of(id).map(|instance| instance.spec_version).gather();
         state
             .services
             .update(&id, |row| row.superseded.retain(|older| versions.contains(&older.spec_version)));
@@ -461,7 +461,7 @@ pub fn register(state: &mut State, artifact: &Artifact) -> Outcome {
 /// Adds names, platforms and holders to what is known; a name moves to the digest that last claimed it.
 fn merge_artifact(state: &mut State, artifact: &Artifact) {
     let holders: BTreeSet<NodeId> =
-        artifact.holders.iter().copied().filter(|id| state.nodes.contains(id)).collect();
+        artifact.holders.iter().copied().filter(|id| state.nodes.contains(id)).gather();
     if artifact.kind == ArtifactKind::LoadedImage {
         let others: Vec<Digest> = state
             .artifacts

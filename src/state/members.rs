@@ -74,7 +74,7 @@ fn add_node(state: &mut State, join: &JoinNode) -> Result<(NodeId, String), Reje
     }
     let wanted = if is_label(&join.name) { join.name.as_str() } else { "node" };
     let name = free_name(state, wanted);
-    let taken: BTreeSet<u8> = state.nodes.rows().map(|node| node.number).collect();
+    let taken: BTreeSet<u8> = state.nodes.rows().map(|node| node.number).gather();
     let number = (1..=254).find(|number| !taken.contains(number));
     let number = number.ok_or(Rejection::TooManyNodes(254))?;
     let id = NodeId(state.count(|counters| {

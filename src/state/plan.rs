@@ -144,7 +144,7 @@ fn assign(
 fn allocate_address(state: &mut State, number: u8) -> Result<Ipv4Addr, Rejection> {
     let range = state.cluster().map_or(Ipv4Addr::UNSPECIFIED, |cluster| cluster.container_range);
     let [first, second, ..] = range.octets();
-    let taken: BTreeSet<Ipv4Addr> = state.instances.rows().filter_map(|row| row.address).collect();
+    let taken: BTreeSet<Ipv4Addr> = state.instances.rows().filter_map(|row| row.address).gather();
     let next =
         state.meta.find(&()).and_then(|meta| meta.counters.next_host.get(&number).copied()).unwrap_or(1);
     let found = (1..=253u32)

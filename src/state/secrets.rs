@@ -154,7 +154,7 @@ impl State {
             .filter(|service| uses(service, name) || self.shows(service, name))
             .map(|service| format!("{}/{}", service.app, service.name))
             .chain((self.cluster_settings().acme_ca == name.as_str()).then(|| "the setting acme_ca".into()))
-            .collect();
+            .gather();
         users.into_iter().collect()
     }
 

@@ -5,6 +5,7 @@
 //!
 //! Invariant: confirming what is known writes nothing (`the_same_addresses_write_nothing`).
 
+use crate::model::{Gather, Order};
 use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
@@ -60,7 +61,7 @@ impl AddressBook {
                 String::new()
             }
         };
-        let good = text.lines().filter_map(parse_line).collect();
+        let good = text.lines().filter_map(parse_line).gather();
         let mut book = AddressBook { folder: data_dir.into(), good, ..AddressBook::default() };
         book.written = book.to_text();
         book
@@ -112,7 +113,7 @@ impl AddressBook {
         let mut text = String::new();
         for (node, addresses) in &self.good {
             let mut addresses = addresses.clone();
-            addresses.sort();
+            addresses.order();
             let words: Vec<String> = addresses.iter().map(SocketAddr::to_string).collect();
             text.push_str(&format!("{node} {}\n", words.join(" ")));
         }
@@ -144,7 +145,7 @@ pub(super) async fn write_now(shared: &Shared) {
         return;
     }
     let bytes = text.clone().into_bytes();
-    match smol::unblock(move || write_durably(&folder, FILE, &bytes)).await {
+    match crate::tasks::unblock(move || write_durably(&folder, FILE, &bytes)).await {
         Ok(()) => lock(&shared.book).written = text,
         Err(error) => warn!(error = %error, "peers file not written"),
     }

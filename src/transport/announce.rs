@@ -11,6 +11,7 @@
 //!
 //! Invariant: a whole site that got new addresses forms again with nothing typed (`tests::a_renumbered_site_forms_again`).
 
+use crate::model::Order;
 use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, ToSocketAddrs, UdpSocket};
@@ -275,7 +276,7 @@ impl Announcer {
         }
         let mut broadcasts: Vec<Ipv4Addr> =
             self.covered().iter().filter_map(|interface| interface.broadcast).collect();
-        broadcasts.sort();
+        broadcasts.order();
         broadcasts.dedup();
         for broadcast in broadcasts {
             if let Err(error) = self.own.get_ref().send_to(&datagram, (broadcast, self.port)) {
@@ -402,7 +403,7 @@ impl Announcer {
     async fn dial_names(&self) {
         for name in self.shared.config.peer_names.clone() {
             let port = self.shared.listen_port;
-            let resolve = smol::unblock(move || match name.to_socket_addrs() {
+            let resolve = crate::tasks::unblock(move || match name.to_socket_addrs() {
                 Ok(addresses) => addresses.collect(),
                 Err(_) => {
                     (name.as_str(), port).to_socket_addrs().map_or_else(|_| Vec::new(), Iterator::collect)

@@ -7,6 +7,7 @@
 //! Order: `Up` and `Down` of a peer alternate and are never lost; a frame may come shortly before its `Up`. Invariant:
 //! a stopped transport has no task (`tests::shutdown_joins_every_task_and_the_peer_notices_at_once`).
 
+use crate::model::Gather;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
@@ -359,7 +360,7 @@ impl Transport {
             rtt: link.connection.rtt(),
             claim: link.claim.clone(),
         };
-        links.map(|(node, link)| (node, state(link))).collect()
+        links.map(|(node, link)| (node, state(link))).gather()
     }
 
     /// Where peers may dial this node now.

@@ -7,6 +7,7 @@
 //! Invariant: an announcement reads back as it was written, and garbage reads as none
 //! (`an_announcement_reads_back_and_garbage_does_not`).
 
+use crate::model::Order;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
@@ -131,7 +132,7 @@ impl Heard {
     pub fn rows(&self, now: Instant) -> Vec<Waiting> {
         let fresh = self.rows.values().filter(|(_, heard)| now.duration_since(*heard) < GONE_AFTER);
         let mut rows: Vec<Waiting> = fresh.map(|(waiting, _)| waiting.clone()).collect();
-        rows.sort_by(|one, other| (&one.name, one.key_hash).cmp(&(&other.name, other.key_hash)));
+        rows.order_by(|one, other| (&one.name, one.key_hash).cmp(&(&other.name, other.key_hash)));
         rows
     }
 }

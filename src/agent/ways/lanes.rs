@@ -9,7 +9,7 @@
 //! Invariants: nothing is sent on a lane that the other side has not confirmed (`nothing_is_sent_before_it_is_taken`);
 //! the old lane is given up only when nobody there sends on it (`the_old_lane_stays_until_nobody_there_uses_it`).
 
-use crate::model::{NodeId, StartId};
+use crate::model::{Gather, NodeId, StartId};
 use crate::network::wireguard::{PublicKey, Slot};
 use crate::replica::{Lane, Offer, WaysFrame};
 use std::collections::{BTreeMap, BTreeSet};
@@ -169,7 +169,7 @@ impl Lanes {
             let node = *node;
             self.taken_by(node).filter_map(move |held| Some((node, held.slot?)))
         };
-        self.peers.keys().flat_map(ready).collect()
+        self.peers.keys().flat_map(ready).gather()
     }
 
     pub fn set_cold(&mut self, cold: BTreeSet<(NodeId, Slot)>) {
@@ -184,7 +184,7 @@ impl Lanes {
                 let slot = self.offered(*lane)?.slot?;
                 Some(Expected { slot, node: *node, key: *key, port: *port })
             })
-            .collect()
+            .gather()
     }
 
     /// What to tell a peer, of whom the tunnels know `told`.
@@ -215,13 +215,13 @@ impl Lanes {
             self.choice(**node).is_some_and(|held| held.offer.lane == wanted)
                 && self.peers.get(*node).is_some_and(|frame| frame.sends == Some(wanted))
         };
-        present.iter().filter(|node| !has_changed(node)).copied().collect()
+        present.iter().filter(|node| !has_changed(node)).copied().gather()
     }
 
     /// Who can't encrypt, and why.
     pub fn obstacles(&self) -> BTreeMap<NodeId, String> {
         let of_peers = self.peers.iter();
-        of_peers.filter_map(|(node, frame)| Some((*node, frame.obstacle.clone()?))).collect()
+        of_peers.filter_map(|(node, frame)| Some((*node, frame.obstacle.clone()?))).gather()
     }
 
     pub fn own_obstacle(&self) -> Option<&str> {

@@ -9,7 +9,7 @@
 mod lanes;
 
 use super::worker::chain;
-use crate::model::{NodeId, StartId};
+use crate::model::{Gather, NodeId, StartId};
 use crate::network::wireguard::{self, Slot, TunnelError};
 use crate::network::{Network, Reach};
 use crate::replica::{Handle, Lane, Offer, PeerFrame, WaysFrame};
@@ -210,7 +210,7 @@ impl WaysKeeper {
 
     async fn open_tunnel(&self, lane: Lane) -> Result<Held, TunnelError> {
         let network = self.network.clone();
-        let (slot, key) = smol::unblock(move || network.open_tunnel()).await?;
+        let (slot, key) = crate::tasks::unblock(move || network.open_tunnel()).await?;
         Ok(Held { offer: Offer { lane, key: Some(key), port: slot.port() }, slot: Some(slot) })
     }
 
@@ -222,13 +222,13 @@ impl WaysKeeper {
         };
         let is_known = |node: &NodeId| last.addresses.get(node).copied();
         let wanted: BTreeMap<Expected, Ipv4Addr> =
-            expected.into_iter().filter_map(|expected| Some((expected, is_known(&expected.node)?))).collect();
+            expected.into_iter().filter_map(|expected| Some((expected, is_known(&expected.node)?))).gather();
         if wanted == last.told {
             return;
         }
         let (network, old) = (self.network.clone(), last.told.clone());
-        let numbers: BTreeMap<NodeId, u8> = state.nodes.rows().map(|node| (node.id, node.number)).collect();
-        let outcome = smol::unblock(move || {
+        let numbers: BTreeMap<NodeId, u8> = state.nodes.rows().map(|node| (node.id, node.number)).gather();
+        let outcome = crate::tasks::unblock(move || {
             // First: one network has one peer in each tunnel.
             for gone in old.keys().filter(|one| !wanted.contains_key(one)) {
                 network.remove_tunnel_peer(gone.slot, &gone.key);
@@ -269,11 +269,11 @@ impl WaysKeeper {
             // Of the two one begins, so that they don't cross.
             if let Some(row) = state.nodes.find(&node).filter(|_| self.own < node) {
                 let (network, number) = (self.network.clone(), row.number);
-                smol::unblock(move || network.greet_through(slot, number)).await;
+                crate::tasks::unblock(move || network.greet_through(slot, number)).await;
             }
         }
         let is_cold = |since: &Instant| now.duration_since(*since) < WARM_UP;
-        let cold = last.ready.iter().filter(|(_, since)| is_cold(since)).map(|(known, _)| *known).collect();
+        let cold = last.ready.iter().filter(|(_, since)| is_cold(since)).map(|(known, _)| *known).gather();
         lock(&self.ways.lanes).set_cold(cold);
     }
 
@@ -284,11 +284,11 @@ impl WaysKeeper {
                 let sealed = lanes.choice(*node)?.slot;
                 Some((state.nodes.find(node)?.number, Reach { address: *address, sealed }))
             };
-            let reaches: BTreeMap<u8, Reach> = last.addresses.iter().filter_map(reach).collect();
+            let reaches: BTreeMap<u8, Reach> = last.addresses.iter().filter_map(reach).gather();
             // A node that can't encrypt where it should sends nothing rather than in clear.
             (reaches, last.is_clear_wanted || lanes.takes_clear())
         };
-        let members: BTreeSet<u8> = state.nodes.rows().map(|node| node.number).collect();
+        let members: BTreeSet<u8> = state.nodes.rows().map(|node| node.number).gather();
         let is_due = last.applied.as_ref().is_none_or(|(at, old, old_members, was_allowed)| {
             *old != reaches
                 || *old_members != members
@@ -299,14 +299,14 @@ impl WaysKeeper {
             return;
         }
         let (network, wanted, all) = (self.network.clone(), reaches.clone(), members.clone());
-        match smol::unblock(move || network.set_peers(&wanted, &all, is_clear_allowed)).await {
+        match crate::tasks::unblock(move || network.set_peers(&wanted, &all, is_clear_allowed)).await {
             Ok(()) => last.applied = Some((now, reaches, members, is_clear_allowed)),
             Err(error) => warn!(error = chain(&error), "ways to other nodes"),
         }
     }
 
     fn tell_peers(&self, last: &mut Last, now: Instant) {
-        let told: BTreeSet<Expected> = last.told.keys().copied().collect();
+        let told: BTreeSet<Expected> = last.told.keys().copied().gather();
         let unaware = lock(&self.ways.lanes).take_unaware();
         last.frames.retain(|node, _| !unaware.contains(node));
         for node in self.transport.connections().into_keys().filter(|node| *node != self.own) {
@@ -324,7 +324,7 @@ impl WaysKeeper {
     /// Gives up the old lane when everybody who is there has changed; whether it did now.
     async fn finish(&self, last: &mut Last, now: Instant) -> bool {
         let present: BTreeSet<NodeId> =
-            self.transport.connections().into_keys().filter(|node| *node != self.own).collect();
+            self.transport.connections().into_keys().filter(|node| *node != self.own).gather();
         let (waits_for, has_begun) = {
             let lanes = lock(&self.ways.lanes);
             (lanes.waits_for(&present), lanes.wanted().is_some())
@@ -341,7 +341,7 @@ impl WaysKeeper {
         let (ended, keep, lane) = {
             let mut lanes = lock(&self.ways.lanes);
             let ended = lanes.end();
-            let keep: BTreeSet<Slot> = lanes.held().filter_map(|held| held.slot).collect();
+            let keep: BTreeSet<Slot> = lanes.held().filter_map(|held| held.slot).gather();
             (ended, keep, lanes.wanted().map(|held| held.offer.lane))
         };
         // What an earlier run has left is not in use any more either.
@@ -351,7 +351,7 @@ impl WaysKeeper {
         last.has_tidied = true;
         last.told.retain(|expected, _| keep.contains(&expected.slot));
         let network = self.network.clone();
-        if let Err(error) = smol::unblock(move || network.keep_tunnels(&keep)).await {
+        if let Err(error) = crate::tasks::unblock(move || network.keep_tunnels(&keep)).await {
             warn!(error = chain(&error), "take a tunnel away");
         }
         if let (Some(_), Some(lane)) = (ended, lane) {

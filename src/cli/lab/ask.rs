@@ -18,13 +18,13 @@ impl Answer {
     pub fn json(self) -> Result<serde_json::Value> {
         let text = String::from_utf8_lossy(&self.body).into_owned();
         if self.status >= 400 {
-            let value: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+            let value: serde_json::Value = serde_json::from_slice(text.as_bytes()).unwrap_or_default();
             bail!("{} ({})", value["error"]["message"].as_str().unwrap_or(&text), self.status);
         }
         if text.is_empty() {
             return Ok(serde_json::Value::Null);
         }
-        serde_json::from_str(&text).with_context(|| format!("no JSON: {text}"))
+        serde_json::from_slice(text.as_bytes()).with_context(|| format!("no JSON: {text}"))
     }
 }
 

@@ -14,6 +14,7 @@ pub use image::{archive_of, hello_image, image_of, image_with};
 pub use lan::Lan;
 
 use crate::linux::{cgroup::Cgroups, mount, netns, process::ProcessId};
+use crate::model::Order;
 use anyhow::{Context, Result, anyhow, bail};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -360,7 +361,7 @@ fn tags_below(dir: &Path) -> Vec<String> {
     for folder in folders {
         let store = folder.join("data/identity/store");
         let text = fs::read_to_string(store).unwrap_or_default();
-        let id = serde_json::from_str::<serde_json::Value>(&text).ok();
+        let id = serde_json::from_slice::<serde_json::Value>(text.as_bytes()).ok();
         let id = id.and_then(|store| u128::from_str_radix(store["store_id"].as_str()?, 16).ok());
         tags.extend(id.map(|id| format!("tinydc-{:08x}", id as u32)));
     }
@@ -420,7 +421,7 @@ pub fn sweep(dir: &Path) -> Result<()> {
         cgroups.remove(&tag)?;
     }
     let mut mounts = mount::mounted_below(dir)?;
-    mounts.sort();
+    mounts.order();
     for target in mounts.into_iter().rev() {
         mount::detach(&target).with_context(|| format!("unmount {}", target.display()))?;
     }

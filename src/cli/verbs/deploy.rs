@@ -29,7 +29,7 @@ use crate::cli::{Session, usage};
 use crate::compose::{
     self, Draft, PathKind, Problem, SecretSource, SecretWish, Severity, Source, Surroundings,
 };
-use crate::model::{AppSpec, SecretName};
+use crate::model::{AppSpec, Gather, SecretName};
 
 /// Run what a Compose file describes, or change what runs to it.
 #[derive(FromArgs)]
@@ -220,7 +220,7 @@ fn invalid(problems: &[Problem]) -> Failure {
 fn environment(folder: &Path) -> anyhow::Result<BTreeMap<String, String>> {
     let process: BTreeMap<String, String> = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-        .collect();
+        .gather();
     let path = folder.join(".env");
     let mut environment = match fs::read_to_string(&path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
@@ -231,7 +231,7 @@ fn environment(folder: &Path) -> anyhow::Result<BTreeMap<String, String>> {
         }
     };
     environment.extend(process.into_iter().map(|(name, value)| (name, Some(value))));
-    Ok(environment.into_iter().filter_map(|(name, value)| Some((name, value?))).collect())
+    Ok(environment.into_iter().filter_map(|(name, value)| Some((name, value?))).gather())
 }
 
 fn look(path: &Path) -> PathKind {

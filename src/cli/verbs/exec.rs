@@ -3,6 +3,7 @@
 //! The connection is upgraded and carries the frames that `api::wire::ExecBody` describes. With `-t` the terminal is
 //! raw until the end, also after a panic or a stop signal; a changed window is told. The command's exit code is ours.
 
+use crate::model::Gather;
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
 
@@ -76,7 +77,7 @@ impl Exec {
         let services: std::collections::BTreeSet<&str> = instances
             .iter()
             .map(|instance| instance.name.rsplit_once('.').map_or("", |(service, _)| service))
-            .collect();
+            .gather();
         if services.len() > 1 {
             let names: Vec<&str> = services.into_iter().collect();
             return Err(usage("in which service?", format!("say one of {}", names.join(", "))));

@@ -15,7 +15,7 @@
 
 use super::wire::{Question, class, kind};
 use super::zone::{Client, DOMAIN, Endpoint, Named, Owner, ServiceNames, ServicePort, Zone};
-use crate::model::Protocol;
+use crate::model::{Order, Protocol};
 use std::net::Ipv4Addr;
 
 /// Endpoints change within milliseconds; a client that asks twice a second is told soon.
@@ -195,7 +195,7 @@ fn services_called<'z>(
         chosen = own_names_first(seen(zone.by_qualified_name.get(name)));
     }
     let mut indexes: Vec<usize> = chosen.iter().map(|named| named.service).collect();
-    indexes.sort_unstable();
+    indexes.order();
     // One alias on two networks that both share.
     indexes.dedup();
     indexes.into_iter().map(|index| &zone.table.services[index]).collect()

@@ -7,6 +7,7 @@ use super::forward::{Forwarder, Outcome, UpstreamSource};
 use super::resolve::resolve;
 use super::wire::{self, BadQuery, Code, Query};
 use super::zone::Zone;
+use crate::model::Gather;
 use crate::tasks::{TaskGroup, lock, within};
 use async_executor::Executor;
 use async_io::{Async, Timer};
@@ -264,7 +265,7 @@ impl Locals {
 
 fn read_locals() -> BTreeSet<Ipv4Addr> {
     let interfaces = nix::ifaddrs::getifaddrs().into_iter().flatten();
-    interfaces.filter_map(|interface| Some(interface.address?.as_sockaddr_in()?.ip())).collect()
+    interfaces.filter_map(|interface| Some(interface.address?.as_sockaddr_in()?.ip())).gather()
 }
 
 fn limit_of(query: &Query<'_>, by_tcp: bool) -> usize {

@@ -2,6 +2,7 @@
 //!
 //! A resolv.conf's text → addresses; outcomes of earlier questions → an order. Pure; the clock is an argument.
 
+use crate::model::Order;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::time::{Duration, Instant};
 
@@ -83,7 +84,7 @@ impl Upstreams {
     /// Those that work in the order given, then those that failed lately, the fewest failures first.
     pub fn order(&self, now: Instant) -> Vec<SocketAddr> {
         let mut usable: Vec<&Upstream> = self.list.iter().filter(|upstream| !upstream.is_loop).collect();
-        usable.sort_by_key(|upstream| if upstream.is_failing(now) { upstream.failures } else { 0 });
+        usable.order_by_key(|upstream| if upstream.is_failing(now) { upstream.failures } else { 0 });
         usable.into_iter().map(|upstream| upstream.address).collect()
     }
 

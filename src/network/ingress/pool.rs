@@ -6,6 +6,7 @@
 
 use super::body::Outgoing;
 use super::socket::Socket;
+use crate::model::Order;
 use crate::tasks::{TaskGroup, lock, within};
 use async_io::{Async, Timer};
 use hyper::client::conn::http1::{Builder, SendRequest};
@@ -83,7 +84,7 @@ impl Pool {
         let state = lock(&self.state);
         if !state.failed.is_empty() {
             endpoints
-                .sort_by_key(|endpoint| state.failed.get(endpoint).is_some_and(|at| at.elapsed() < AVOIDED));
+                .order_by_key(|endpoint| state.failed.get(endpoint).is_some_and(|at| at.elapsed() < AVOIDED));
         }
         endpoints
     }

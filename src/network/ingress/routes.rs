@@ -6,6 +6,7 @@
 
 use super::counts::RouteCounters;
 use super::tls::HostCertificate;
+use crate::model::{Gather, Order};
 use rustls::sign::CertifiedKey;
 use std::collections::BTreeMap;
 use std::net::SocketAddrV4;
@@ -108,13 +109,13 @@ impl Table {
     /// Counters are taken over from `old`.
     pub fn new(routes: Routes, old: &Table) -> Table {
         let kept: BTreeMap<RouteKey, Arc<RouteCounters>> =
-            old.routes().map(|live| (live.key.clone(), live.counters.clone())).collect();
+            old.routes().map(|live| (live.key.clone(), live.counters.clone())).gather();
         let mut table = Table {
             certificates: routes
                 .certificates
                 .into_iter()
                 .map(|one| (one.host.to_ascii_lowercase(), one.certificate))
-                .collect(),
+                .gather(),
             challenges: routes.challenges,
             https_port: routes.https_port,
             ..Table::default()
@@ -125,7 +126,7 @@ impl Table {
         let places = table.exact.values_mut().chain(table.wildcards.values_mut());
         for place in places.chain([&mut table.any]) {
             // Stable: of two alike the first wins.
-            place.sort_by_key(|live| std::cmp::Reverse(live.route.path_prefix.len()));
+            place.order_by_key(|live| std::cmp::Reverse(live.route.path_prefix.len()));
         }
         table
     }

@@ -9,6 +9,7 @@ use super::proxy::Proxy;
 use super::routes::{Routes, Table};
 use super::socket::Socket;
 use super::tls::{ALPN_HTTP2, CertificateError, CertificateSource, Resolver, acceptor};
+use crate::model::Gather;
 use crate::tasks::{TaskGroup, lock, within};
 use async_channel::{Receiver, Sender};
 use async_executor::Executor;
@@ -133,7 +134,7 @@ impl Ingress {
     pub fn set_routes(&self, routes: Routes) -> Result<(), IngressError> {
         let wanted = self.wanted(&routes);
         let endpoints = routes.routes.iter().flat_map(|route| route.endpoints.iter().copied());
-        let endpoints: BTreeSet<_> = endpoints.collect();
+        let endpoints: BTreeSet<_> = endpoints.gather();
         {
             let mut place = self.shared.proxy.table.write().unwrap_or_else(|poison| poison.into_inner());
             *place = Arc::new(Table::new(routes, &place));

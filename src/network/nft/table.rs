@@ -26,7 +26,7 @@ use super::message::{
     DELETE_TABLE, Element, Expressions, NEW_TABLE, Network4, TYPE_ADDRESS, TYPE_MARK, TYPE_PROTOCOL,
     TYPE_SERVICE, Transaction,
 };
-use crate::model::Protocol;
+use crate::model::{Gather, Protocol};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::Ipv4Addr;
@@ -422,7 +422,7 @@ fn put_changes(change: &mut Transaction, old: &Wanted, new: &Wanted) {
 }
 
 fn held(wanted: &Wanted, has_address: bool) -> BTreeSet<PortKey> {
-    wanted.ports.keys().filter(|key| key.host_address.is_some() == has_address).copied().collect()
+    wanted.ports.keys().filter(|key| key.host_address.is_some() == has_address).copied().gather()
 }
 
 fn held_bytes(key: &PortKey) -> Vec<u8> {

@@ -4,6 +4,7 @@
 //! dropped, as an interface does it: whoever sent it sends it again.
 
 use super::{PublicKey, Slot, TunnelPeer};
+use crate::model::Gather;
 use boringtun::noise::rate_limiter::RateLimiter;
 use boringtun::noise::{Packet, Tunn, TunnResult, handshake::parse_handshake_anon};
 use boringtun::x25519;
@@ -156,7 +157,7 @@ impl Engine {
         }
         let networks = self.peers.iter().enumerate();
         self.by_network =
-            networks.map(|(place, peer)| (first_three(peer.known.network.octets()), place)).collect();
+            networks.map(|(place, peer)| (first_three(peer.known.network.octets()), place)).gather();
         true
     }
 

@@ -5,6 +5,7 @@
 //!
 //! Invariant: an image has a record only if every byte matched its digest (`tests/runtime`, wrong digests).
 
+use crate::model::Gather;
 use std::io::{self, Read};
 
 use super::decompress::decompress;
@@ -138,7 +139,7 @@ impl ImageStore {
         let layers_bytes: u64 = manifest.layers.iter().map(|layer| layer.size_bytes).sum();
         let image = Image {
             digest: request.digest.clone(),
-            names: request.name.map(str::to_owned).into_iter().collect(),
+            names: request.name.map(str::to_owned).into_iter().gather(),
             manifest: Some(manifest.digest),
             layers: config.diff_ids,
             size_bytes: layers_bytes + manifest.config.size_bytes,

@@ -3,6 +3,7 @@
 //! Input: an untrusted stream, perhaps compressed. Output: images with their names. A `docker save` archive has no
 //! OCI manifest; one is made here, always the same for the same content, so its digest is the same on every node.
 
+use crate::model::Gather;
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
@@ -240,7 +241,7 @@ impl ImageStore {
                 if let Some(missing) = self.missing_blobs(&digest)?.into_iter().next() {
                     return Err(LoadError::MissingFile(missing.to_string()));
                 }
-                let names = names.iter().cloned().collect();
+                let names = names.iter().cloned().gather();
                 let (digest, layers) = (digest.clone(), Vec::new());
                 self.record(Image { digest, names, manifest: None, layers, size_bytes: 0 })?;
             }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
 use crate::model::spec::{HEALTH_INTERVAL_MS, HEALTH_RETRIES, HEALTH_TIMEOUT_MS};
-use crate::model::{HealthSpec, HealthTest};
+use crate::model::{HealthSpec, HealthTest, Order};
 
 /// A manifest, an index or a configuration is never longer.
 pub const DOCUMENT_BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -263,7 +263,7 @@ impl ConfigDocument {
         let docker: DockerDocument = serde_json::from_slice(bytes).unwrap_or_default();
         let health = docker.config.and_then(|config| config.health).and_then(|health| health.to_spec());
         let mut labels: Vec<_> = inner.labels().clone().unwrap_or_default().into_iter().collect();
-        labels.sort();
+        labels.order();
         let config = ImageConfig {
             entrypoint: inner.entrypoint().clone().unwrap_or_default(),
             command: inner.cmd().clone().unwrap_or_default(),

@@ -11,6 +11,7 @@
 //! tmp/               emptied at start
 //! ```
 
+use crate::model::Order;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -330,7 +331,7 @@ impl ImageStore {
         let entries = fs::read_dir(&path).map_err(|source| failed("list", &path, source))?;
         let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
         let mut digests: Vec<Digest> = names.filter_map(|name| Digest::from_hex(&name)).collect();
-        digests.sort();
+        digests.order();
         Ok(digests)
     }
 

@@ -3,6 +3,7 @@
 //! `GET /v1/status` every 200 ms → lines on standard error: redrawn on a terminal, one per change elsewhere. Ends when
 //! every service is settled, one update has failed (with that instance's last lines), or time is up.
 
+use crate::model::Gather;
 use std::collections::BTreeMap;
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -182,7 +183,7 @@ impl Display {
 
     fn show(&mut self, services: &[ServiceBody]) {
         let lines: BTreeMap<String, String> =
-            services.iter().map(|service| (service.name.clone(), line(service))).collect();
+            services.iter().map(|service| (service.name.clone(), line(service))).gather();
         if lines == self.last || self.is_quiet {
             return;
         }

@@ -4,6 +4,7 @@ use super::AcmeError;
 use super::account::{AccountKey, base64url};
 use super::messages::{Authorization, Challenge, Order, Problem, Status};
 use super::session::{Reply, Session, parse, unreadable};
+use crate::model::Gather;
 use rcgen::{CertificateParams, KeyPair};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
@@ -61,7 +62,7 @@ pub fn obtain(
             let answer = wish.account_key.key_authorization(&token);
             (token, answer)
         });
-        publish(&answers.collect()).map_err(AcmeError::Publish)?;
+        publish(&answers.gather()).map_err(AcmeError::Publish)?;
     }
     for one in &open {
         session.post("say that the answers are published", &one.challenge.url, Some(&json!({})))?;
