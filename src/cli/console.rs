@@ -89,6 +89,7 @@ fn print(text: &str) {
 impl Prompt {
     fn run(&mut self) {
         self.draw();
+        print(&prompt());
         loop {
             let Some(line) = self.read_line() else { return };
             match line.split_whitespace().next() {
@@ -102,7 +103,7 @@ impl Prompt {
             }
             // What was offered has scrolled away.
             self.is_founding_offered = self.is_founding_offered && line.is_empty();
-            print(&format!("{}> ", host_name()));
+            print(&prompt());
         }
     }
 
@@ -111,7 +112,7 @@ impl Prompt {
         self.is_founding_offered = facts.waits_for_cluster();
         self.shown = screen(&facts);
         let clear = if self.is_screen { CLEAR } else { "" };
-        print(&format!("{clear}{}\n{}> ", self.shown, host_name()));
+        print(&format!("{clear}{}\n", self.shown));
     }
 
     /// Founds a cluster on this board, unless there is one: two beside each other are never what was meant.
@@ -144,6 +145,7 @@ impl Prompt {
             }
             if screen(&Facts::read()) != self.shown {
                 self.draw();
+                print(&prompt());
             }
         }
         // The terminal hands over whole lines; one byte at a time leaves the rest to the verb that reads it.
@@ -161,8 +163,9 @@ impl Prompt {
     }
 }
 
-fn host_name() -> String {
-    nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default()
+fn prompt() -> String {
+    let name = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+    format!("{}> ", name.unwrap_or_default())
 }
 
 fn ask_first_process(signal: nix::sys::signal::Signal) {
