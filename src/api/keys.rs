@@ -88,9 +88,10 @@ async fn keep(backend: &Arc<Backend>, key: Option<ClusterKey>) -> Result<(), Api
 const RECOVERY_KEY_FILE: &str = "recovery-key";
 
 pub fn keep_recovery_key(run_dir: &Path, key: &str) -> io::Result<()> {
-    let mut options = fs::OpenOptions::new();
-    let mut file = options.write(true).create_new(true).mode(0o600).open(run_dir.join(RECOVERY_KEY_FILE))?;
-    file.write_all(key.as_bytes())
+    let path = run_dir.join(RECOVERY_KEY_FILE);
+    // That of a cluster which this machine has left.
+    let _ = fs::remove_file(&path);
+    fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?.write_all(key.as_bytes())
 }
 
 pub fn show_recovery_key(backend: &Backend) -> Result<Reply, ApiError> {

@@ -34,6 +34,17 @@ impl Trouble {
         }
     }
 
+    pub fn name(self) -> &'static str {
+        match self {
+            Trouble::Hot => "heat",
+            Trouble::Throttled => "throttling",
+            Trouble::UnderVoltage => "low voltage",
+            Trouble::DiskErrors => "disk errors",
+            Trouble::DiskReadOnly => "a read-only disk",
+            Trouble::NoMemoryLimits => "no memory limits",
+        }
+    }
+
     /// What it is, and what helps.
     pub fn text(self) -> &'static str {
         match self {

@@ -20,6 +20,7 @@ pub mod lookup;
 pub mod netlink;
 mod nft;
 pub mod overlay;
+mod places;
 pub mod relay;
 mod reset;
 mod sysctl;
@@ -33,7 +34,7 @@ use crate::model::Gather;
 use conntrack::Conversation;
 use hold::Holds;
 use netlink::Socket;
-use nft::{Places, Shape, Table};
+use nft::{Neighbours, Shape, Table};
 use nix::sys::socket::{setsockopt, sockopt};
 use overlay::{Numbers, Way};
 use std::collections::{BTreeMap, BTreeSet};
@@ -336,7 +337,7 @@ impl Network {
         let sealed = others.map(|number| numbers.network(*number)).gather();
         let doors = ways.values().map(Way::address).filter(|address| !address.is_unspecified());
         let doors = doors.chain(floating.iter().copied()).gather();
-        table.set_places(&netfilter, Places { peers, sealed, doors });
+        table.set_neighbours(&netfilter, Neighbours { peers, sealed, doors });
         first_error.map_or(Ok(()), Err)
     }
 

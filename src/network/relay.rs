@@ -6,7 +6,8 @@
 //! Invariant: a connection ends when one of its sides has vanished, and no client takes all places
 //! (`a_client_that_vanished_is_noticed`, `one_client_cannot_take_all_places`).
 
-use super::ingress::{CONNECTIONS_MAX, LINGER_LIMIT, Place, Places, STALLED_LIMIT, Socket, join, tune};
+use super::ingress::{CONNECTIONS_MAX, LINGER_LIMIT, OF_ONE_SOURCE_MAX, STALLED_LIMIT, Socket, join, tune};
+use super::places::{Place, Places};
 use crate::tasks::{Launch, TaskGroup, within};
 use async_executor::{Executor, Task};
 use async_io::{Async, Timer};
@@ -44,7 +45,7 @@ impl Relay {
             executor: executor.clone(),
             ports: BTreeMap::new(),
             connections: TaskGroup::new(executor.clone()),
-            places: Places::new(CONNECTIONS_MAX),
+            places: Places::new(CONNECTIONS_MAX, OF_ONE_SOURCE_MAX),
         }
     }
 

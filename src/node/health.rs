@@ -2,8 +2,8 @@
 //!
 //! Everything is read from files of the kernel, below a root that tests replace; what a machine does not have is not
 //! told. What was written is counted from the kernel's own counter of the whole disk and kept in `wear` in the data
-//! directory: written at a clean stop and after 16 MiB, so that keeping count adds nothing to an idle disk. A power cut
-//! loses less than those from the count.
+//! directory: written at a clean stop, and after 16 MiB once in ten minutes, so that keeping count adds nothing to an idle
+//! disk. A power cut takes from the count what came since.
 
 use crate::linux::disk;
 use crate::model::health::{DiskWear, MachineHealth, Trouble, Troubles};
@@ -20,6 +20,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(10);
 const HOT_CELSIUS: i16 = 80;
 const COOL_CELSIUS: i16 = 75;
 const KEEP_EVERY_BYTES: u64 = 16 << 20;
+const KEEP_EVERY: Duration = Duration::from_secs(600);
 const SECTOR_BYTES: u64 = 512;
 const FILE: &str = "wear";
 
@@ -44,8 +45,9 @@ pub struct HealthWatch {
 struct Inner {
     health: MachineHealth,
     kept: Kept,
-    /// What the file has.
+    /// What the file has, and since when.
     on_disk_bytes: u64,
+    kept_at: Instant,
     looked_at: Instant,
     slowdowns: Option<u64>,
 }
@@ -61,6 +63,7 @@ impl HealthWatch {
         let inner = Inner {
             health: MachineHealth::default(),
             on_disk_bytes: kept.written_bytes,
+            kept_at: Instant::now(),
             kept,
             looked_at: Instant::now(),
             slowdowns: None,
@@ -81,9 +84,7 @@ impl HealthWatch {
             smol::unblock(move || {
                 let since = lock(&watch.inner).looked_at.elapsed();
                 watch.look(today(), since);
-                let inner = lock(&watch.inner);
-                if inner.kept.written_bytes - inner.on_disk_bytes >= KEEP_EVERY_BYTES {
-                    drop(inner);
+                if watch.is_keeping_due() {
                     watch.keep();
                 }
             })
@@ -139,10 +140,17 @@ impl HealthWatch {
         })
     }
 
+    fn is_keeping_due(&self) -> bool {
+        let inner = lock(&self.inner);
+        let new = inner.kept.written_bytes - inner.on_disk_bytes;
+        new >= KEEP_EVERY_BYTES && inner.kept_at.elapsed() >= KEEP_EVERY
+    }
+
     /// For the next run: at a clean stop, and now and then while much is written.
     pub fn keep(&self) {
         let mut inner = lock(&self.inner);
         inner.on_disk_bytes = inner.kept.written_bytes;
+        inner.kept_at = Instant::now();
         let bytes = serde_json::to_vec(&inner.kept).unwrap_or_default();
         let new = self.data_dir.join("wear.new");
         // Lost, the count goes on from what was kept last.

@@ -1,7 +1,8 @@
 //! Builds everything in order and stops it in reverse: the daemon, `tinydc node run`.
 //!
-//! Unjoined (`unjoined`) it waits for `init` or `join` on its local socket, or for somebody who knows its code. As a member it runs the replica, the transport,
-//! the agent and the API, until it is told to stop, its disk fails, or the cluster has let it go.
+//! Unjoined (`unjoined`) it waits for `init` or `join` on its local socket, or for somebody who knows its code. As a
+//! member it runs the replica, the transport, the agent and the API, until it is told to stop, its disk fails, or the
+//! cluster has let it go.
 
 mod config;
 mod founding;

@@ -301,7 +301,7 @@ pub fn note_troubles(state: &mut State, id: NodeId, troubles: Troubles) -> Outco
         state.note("node_troubled", name.clone(), format!("{name}: {}", trouble.text()));
     }
     for trouble in old.iter().filter(|trouble| !troubles.has(*trouble)) {
-        state.note("node_recovered", name.clone(), format!("{name} is no longer {}", trouble.code()));
+        state.note("node_recovered", name.clone(), format!("{name}: {} is over", trouble.name()));
     }
     Ok(Reply::Done)
 }

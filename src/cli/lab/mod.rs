@@ -327,8 +327,9 @@ impl Node {
     }
 }
 
-/// Processes of tinydc (daemons and shims) whose command line names `dir`.
+/// Processes of tinydc (daemons and shims), whatever its file is called, whose command line names `dir`.
 fn processes_below(dir: &Path) -> Vec<ProcessId> {
+    let own_file = fs::read_link("/proc/self/exe").ok();
     let needle = dir.display().to_string().into_bytes();
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
@@ -341,8 +342,9 @@ fn processes_below(dir: &Path) -> Vec<ProcessId> {
         let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let mut words = line.split(|byte| *byte == 0);
         let program = words.next().unwrap_or_default();
-        let is_ours =
+        let is_called_so =
             program.ends_with(b"tinydc") || program.starts_with(b"tinydc") || program == b"/proc/self/exe";
+        let is_ours = is_called_so || fs::read_link(entry.path().join("exe")).ok() == own_file;
         let names_dir = words.any(|word| word.windows(needle.len()).any(|part| part == needle));
         if is_ours && names_dir {
             found.extend(ProcessId::of(pid));

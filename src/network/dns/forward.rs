@@ -9,9 +9,9 @@
 use super::cache::{Cache, Key};
 use super::counts::Counters;
 use super::exchange::{ExchangeError, Exchanges, Wish};
-use super::shares::{Share, Shares};
 use super::upstreams::{UpstreamView, Upstreams, parse_resolv_conf};
 use super::wire::{self, Code, FLAG_CHECKING_DISABLED, Query, class, kind};
+use crate::network::places::{Place, Places};
 use crate::tasks::lock;
 use async_channel::{Receiver, Sender};
 use std::collections::HashMap;
@@ -26,6 +26,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// Different questions on their way at once. Each holds a socket and a few kB.
 const FLIGHTS_MAX: usize = 128;
+/// One asker has a quarter of what is bounded: a container whose names nobody answers for does not end name resolution
+/// for its node.
+pub const ASKERS_MIN: usize = 4;
 const ATTEMPTS_MAX: usize = 3;
 /// How often a resolv.conf is looked at, at most.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -71,7 +74,7 @@ pub struct Forwarder {
     own: SocketAddr,
     state: Mutex<State>,
     exchanges: Exchanges,
-    flights: Shares,
+    flights: Arc<Places>,
     counters: Arc<Counters>,
 }
 
@@ -81,7 +84,7 @@ struct Pilot<'a> {
     key: Key,
     flight: Arc<Flight>,
     _done: Sender<()>,
-    _share: Share<'a>,
+    _place: Arc<Place>,
 }
 
 impl Drop for Pilot<'_> {
@@ -113,7 +116,7 @@ impl Forwarder {
             own,
             state: Mutex::default(),
             exchanges: Exchanges::default(),
-            flights: Shares::new(FLIGHTS_MAX),
+            flights: Places::new(FLIGHTS_MAX, FLIGHTS_MAX / ASKERS_MIN),
             counters,
         };
         if let UpstreamSource::Fixed(addresses) = &forwarder.source {
@@ -169,7 +172,7 @@ impl Forwarder {
         match state.flights.entry(key.clone()) {
             Entry::Occupied(entry) => Boarding::Passenger(entry.get().clone()),
             Entry::Vacant(entry) => {
-                let Some(share) = self.flights.take(asker) else { return Boarding::Full };
+                let Some(place) = self.flights.take(asker.into()) else { return Boarding::Full };
                 let (sender, done) = async_channel::bounded(1);
                 let flight = Arc::new(Flight { result: OnceLock::new(), done });
                 entry.insert(flight.clone());
@@ -178,7 +181,7 @@ impl Forwarder {
                     key: key.clone(),
                     flight,
                     _done: sender,
-                    _share: share,
+                    _place: place,
                 })
             }
         }

@@ -16,7 +16,6 @@ mod exchange;
 mod forward;
 pub mod resolve;
 mod server;
-mod shares;
 #[cfg(test)]
 mod tests;
 mod upstreams;

@@ -3,12 +3,12 @@
 use super::counts::{Counters, DnsCounts};
 use super::encode::encode;
 use super::exchange::{read_message, write_message};
-use super::forward::{Forwarder, Outcome, UpstreamSource};
+use super::forward::{ASKERS_MIN, Forwarder, Outcome, UpstreamSource};
 use super::resolve::resolve;
-use super::shares::Shares;
 use super::wire::{self, BadQuery, Code, Query};
 use super::zone::Zone;
 use crate::model::Gather;
+use crate::network::places::Places;
 use crate::tasks::{TaskGroup, lock, within};
 use async_executor::Executor;
 use async_io::{Async, Timer};
@@ -64,8 +64,8 @@ struct Server {
     forwarder: Forwarder,
     counters: Arc<Counters>,
     locals: Mutex<Locals>,
-    waiting: Shares,
-    connections: Shares,
+    waiting: Arc<Places>,
+    connections: Arc<Places>,
 }
 
 /// Addresses of this machine, as of the last time that an unknown one asked.
@@ -112,8 +112,8 @@ impl DnsServer {
             forwarder: Forwarder::new(config.upstreams, address, counters.clone()),
             counters,
             locals: Mutex::default(),
-            waiting: Shares::new(WAITING_MAX),
-            connections: Shares::new(TCP_CONNECTIONS_MAX),
+            waiting: Places::new(WAITING_MAX, WAITING_MAX / ASKERS_MIN),
+            connections: Places::new(TCP_CONNECTIONS_MAX, TCP_CONNECTIONS_MAX / ASKERS_MIN),
         });
         let tasks = TaskGroup::new(executor.clone());
         tasks.spawn(serve_udp(server.clone(), tasks.clone(), Arc::new(udp)));
@@ -211,8 +211,8 @@ impl Server {
     async fn ask(&self, message: &[u8], asker: SocketAddr, by_tcp: bool) -> Option<Vec<u8>> {
         let SocketAddr::V4(asker) = asker else { return None };
         let query = Query::parse(message).ok()?;
-        let share = self.waiting.take(*asker.ip());
-        let outcome = match share {
+        let place = self.waiting.take((*asker.ip()).into());
+        let outcome = match place {
             Some(_) => self.forwarder.ask(&query, *asker.ip(), by_tcp).await,
             None => Outcome::Busy,
         };
@@ -227,7 +227,7 @@ impl Server {
     }
 
     fn is_busy_for(&self, asker: SocketAddr) -> bool {
-        matches!(asker, SocketAddr::V4(asker) if self.waiting.is_full_for(*asker.ip()))
+        self.waiting.is_full_for(asker.ip())
     }
 
     /// Linux takes a datagram for one of its addresses on any interface: binding to the bridge keeps nobody out.
@@ -306,8 +306,7 @@ async fn accept_tcp(server: Arc<Server>, tasks: Arc<TaskGroup>, listener: Async<
         };
         let server = server.clone();
         tasks.spawn(async move {
-            let SocketAddr::V4(address) = asker else { return };
-            if let Some(_share) = server.connections.take(*address.ip()) {
+            if let Some(_place) = server.connections.take(asker.ip()) {
                 serve_tcp(&server, stream, asker).await;
             }
         });

@@ -2,9 +2,9 @@
 
 use super::clock::{Clock, Sleep};
 use super::counts::{RouteCounters, add};
-use super::places::Place;
 use super::pool::{Lent, Pool};
 use super::proxy::Proxy;
+use crate::network::places::Place;
 use bytes::Bytes;
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Full};

@@ -1,9 +1,10 @@
 //! What changes in a request and an answer on their way through.
 //!
 //! Pure. Headers that speak of one connection end here (RFC 9110 7.6.1); who asked, for what and how is told to the
-//! service in `X-Forwarded-*`, which a client can't forge. The only protocol that may take the place of HTTP is WebSocket:
-//! in any other that an endpoint knows, `h2c` above all, a client could ask it for what no route leads to. Framing is hyper's: what a client says of the body's length
-//! counts only as hyper has read it, so that no second request hides in the first.
+//! service in `X-Forwarded-*`, which a client can't forge. The only protocol that may take the place of HTTP is
+//! WebSocket: in any other that an endpoint knows, `h2c` above all, a client could ask it for what no route leads to.
+//! Framing is hyper's: what a client says of the body's length counts only as hyper has read it, so that no second
+//! request hides in the first.
 //!
 //! Invariant: no header of one connection reaches the other side (`headers_of_one_connection_end_here`).
 

@@ -17,7 +17,6 @@ mod clock;
 mod counts;
 mod headers;
 mod pages;
-mod places;
 mod pool;
 mod proxy;
 mod routes;
@@ -30,8 +29,8 @@ mod tls;
 mod tunnel;
 
 pub use counts::{IngressCounts, RouteCounts};
-pub(super) use places::{CONNECTIONS_MAX, Place, Places};
 pub use routes::{Route, RouteKey, RouteOptions, Routes};
+pub(super) use server::{CONNECTIONS_MAX, OF_ONE_SOURCE_MAX};
 pub use server::{Ingress, IngressConfig, IngressError};
 pub(super) use socket::{STALLED_LIMIT, Socket, tune};
 pub use tls::{

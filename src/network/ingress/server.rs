@@ -3,7 +3,6 @@
 use super::clock::{Clock, HyperClock};
 use super::counts::{IngressCounts, add};
 use super::headers::Arrival;
-use super::places::{CONNECTIONS_MAX, Place, Places, REQUESTS_MAX};
 use super::pool::Pool;
 use super::proxy::Proxy;
 use super::routes::{Routes, Table};
@@ -11,6 +10,7 @@ use super::socket::{STALLED_LIMIT, Socket, tune};
 use super::stalled::unless_stalled;
 use super::tls::{ALPN_HTTP2, CertificateError, Resolver, acceptor};
 use crate::model::Gather;
+use crate::network::places::{Place, Places};
 use crate::tasks::{TaskGroup, lock, within};
 use async_channel::{Receiver, Sender};
 use async_executor::Executor;
@@ -32,6 +32,14 @@ const BACKLOG: i32 = 512;
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 /// Of a request's head, and of the pause before the next request.
 const HEAD_LIMIT: Duration = Duration::from_secs(60);
+/// Each holds some 20 kB while a request passes, and a file descriptor.
+pub const CONNECTIONS_MAX: usize = 512;
+/// On their way to an endpoint, each with a connection and a file descriptor of its own: one connection of a client may
+/// carry many.
+const REQUESTS_MAX: usize = 1024;
+/// Of either; behind a router with one address many people may sit.
+pub const OF_ONE_SOURCE_MAX: usize = 256;
+const _: () = assert!(OF_ONE_SOURCE_MAX < CONNECTIONS_MAX && CONNECTIONS_MAX <= REQUESTS_MAX);
 const HEAD_BYTES_MAX: usize = 64 << 10;
 /// What a connection may take to end its requests when its socket is no longer wanted.
 const DRAIN_LIMIT: Duration = Duration::from_secs(60);
@@ -119,12 +127,12 @@ impl Ingress {
                 pool: Pool::new(tasks.clone()),
                 clock: Clock::new(tasks.clone()),
                 tasks: tasks.clone(),
-                requests: Places::new(REQUESTS_MAX),
+                requests: Places::new(REQUESTS_MAX, OF_ONE_SOURCE_MAX),
                 nap_limit: config.stalled_limit / 2,
                 unrouted: AtomicU64::new(0),
                 refused: AtomicU64::new(0),
             }),
-            places: Places::new(CONNECTIONS_MAX),
+            places: Places::new(CONNECTIONS_MAX, OF_ONE_SOURCE_MAX),
             stalled_limit: config.stalled_limit,
             connections: connections.clone(),
             refused: AtomicU64::new(0),

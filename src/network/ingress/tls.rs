@@ -1,6 +1,7 @@
 //! Certificates for the hosts that clients name, and TLS with them.
 //!
-//! The name in the handshake (SNI) → a certificate of the table, else the handshake fails. TLS 1.3 only, HTTP/2 or HTTP/1.1 by ALPN. Nobody is asked for a certificate.
+//! The name in the handshake (SNI) → a certificate of the table, else the handshake fails. TLS 1.3 only, HTTP/2 or
+//! HTTP/1.1 by ALPN. Nobody is asked for a certificate.
 
 use super::routes::Table;
 use futures_rustls::TlsAcceptor;

@@ -3,4 +3,4 @@
 mod message;
 pub mod table;
 
-pub use table::{Places, Shape, Table};
+pub use table::{Neighbours, Shape, Table};

@@ -88,7 +88,7 @@ pub struct Wanted {
 
 /// Where the other nodes are.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Places {
+pub struct Neighbours {
     /// From where containers may be reached as from inside.
     pub peers: BTreeSet<Ipv4Addr>,
     /// Containers' networks whose packets come encrypted or not at all.
@@ -97,7 +97,7 @@ pub struct Places {
     pub doors: BTreeSet<Ipv4Addr>,
 }
 
-impl Places {
+impl Neighbours {
     fn sets(&self) -> [(&'static str, &BTreeSet<Ipv4Addr>); 3] {
         [("peers", &self.peers), ("sealed", &self.sealed), ("doors", &self.doors)]
     }
@@ -107,14 +107,14 @@ impl Places {
 pub struct Table {
     shape: Shape,
     applied: Option<Wanted>,
-    places: Places,
+    neighbours: Neighbours,
     /// The kernel can hash; without it pinned services are balanced as the others are.
     has_hash: bool,
 }
 
 impl Table {
     pub fn new(shape: Shape) -> Table {
-        Table { shape, applied: None, places: Places::default(), has_hash: true }
+        Table { shape, applied: None, neighbours: Neighbours::default(), has_hash: true }
     }
 
     /// Brings the kernel's table to `wanted`.
@@ -143,16 +143,16 @@ impl Table {
     }
 
     /// Tells where the other nodes are.
-    pub fn set_places(&mut self, socket: &Socket, places: Places) {
-        if self.applied.is_some() && places != self.places {
+    pub fn set_neighbours(&mut self, socket: &Socket, neighbours: Neighbours) {
+        if self.applied.is_some() && neighbours != self.neighbours {
             let mut change = Transaction::new();
-            put_places(&mut change, &self.places, &places);
+            put_neighbours(&mut change, &self.neighbours, &neighbours);
             if change.commit(socket).is_err() {
                 // Made anew with the next change.
                 self.applied = None;
             }
         }
-        self.places = places;
+        self.neighbours = neighbours;
     }
 
     fn replace(&self, socket: &Socket, wanted: &Wanted) -> io::Result<()> {
@@ -167,7 +167,7 @@ impl Table {
         self.make_filters(&mut all);
         self.make_local_filters(&mut all);
         put_changes(&mut all, &Wanted::default(), wanted);
-        put_places(&mut all, &Places::default(), &self.places);
+        put_neighbours(&mut all, &Neighbours::default(), &self.neighbours);
         all.commit(socket)
     }
 
@@ -504,7 +504,7 @@ fn put_set<T: Ord>(
     change.add(name, &elements(new.difference(old).collect()));
 }
 
-fn put_places(change: &mut Transaction, old: &Places, new: &Places) {
+fn put_neighbours(change: &mut Transaction, old: &Neighbours, new: &Neighbours) {
     for ((name, old), (_, new)) in old.sets().into_iter().zip(new.sets()) {
         put_addresses(change, name, old, new);
     }

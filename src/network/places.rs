@@ -1,19 +1,11 @@
-//! How many connections or requests may be open, in all and from one source, so that one client can't take all.
+//! How many of something may be open, in all and from one source, so that one client can't take all: connections and
+//! requests from the LAN, questions of containers.
 
 use crate::model::source_of;
 use crate::tasks::lock;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
-
-/// Each holds some 20 kB while a request passes, and a file descriptor.
-pub const CONNECTIONS_MAX: usize = 512;
-/// On their way to an endpoint, each with a connection and a file descriptor of its own: one connection of a client may
-/// carry many.
-pub const REQUESTS_MAX: usize = 1024;
-/// Of either; behind a router with one address many people may sit.
-const OF_ONE_SOURCE_MAX: usize = 256;
-const _: () = assert!(OF_ONE_SOURCE_MAX < CONNECTIONS_MAX && CONNECTIONS_MAX <= REQUESTS_MAX);
 
 #[derive(Debug, Default)]
 struct Taken {
@@ -24,6 +16,7 @@ struct Taken {
 #[derive(Debug)]
 pub struct Places {
     most: usize,
+    of_one_most: usize,
     taken: Mutex<Taken>,
 }
 
@@ -35,20 +28,29 @@ pub struct Place {
 }
 
 impl Places {
-    pub fn new(most: usize) -> Arc<Places> {
-        Arc::new(Places { most, taken: Mutex::default() })
+    pub fn new(most: usize, of_one_most: usize) -> Arc<Places> {
+        Arc::new(Places { most, of_one_most, taken: Mutex::default() })
     }
 
+    /// `None`: all are taken, or the source has its share.
     pub fn take(self: &Arc<Self>, address: IpAddr) -> Option<Arc<Place>> {
         let source = source_of(address);
         let mut taken = lock(&self.taken);
-        let own = taken.by_source.get(&source).copied().unwrap_or(0);
-        if taken.all >= self.most || own >= OF_ONE_SOURCE_MAX {
+        if !self.has_room(&taken, source) {
             return None;
         }
         taken.all += 1;
-        taken.by_source.insert(source, own + 1);
+        *taken.by_source.entry(source).or_default() += 1;
         Some(Arc::new(Place { places: self.clone(), source }))
+    }
+
+    pub fn is_full_for(&self, address: IpAddr) -> bool {
+        !self.has_room(&lock(&self.taken), source_of(address))
+    }
+
+    fn has_room(&self, taken: &Taken, source: IpAddr) -> bool {
+        let own = taken.by_source.get(&source).copied().unwrap_or(0);
+        taken.all < self.most && own < self.of_one_most
     }
 
     pub fn count(&self) -> usize {
@@ -76,7 +78,8 @@ mod tests {
 
     #[test]
     fn one_source_cannot_take_all_places() {
-        let places = Places::new(CONNECTIONS_MAX);
+        let (most, of_one_most) = (512, 256);
+        let places = Places::new(most, of_one_most);
         let mut last = 0;
         for (greedy, other) in [("192.0.2.1", "192.0.2.2"), ("2001:db8:0:1::", "2001:db8:0:2::")] {
             let (greedy, other): (IpAddr, IpAddr) = (greedy.parse().unwrap(), other.parse().unwrap());
@@ -89,9 +92,10 @@ mod tests {
                 })
             })
             .collect();
-            assert_eq!(held.len(), OF_ONE_SOURCE_MAX);
+            assert_eq!(held.len(), of_one_most);
+            assert!(places.is_full_for(greedy) && !places.is_full_for(other));
             let others: Vec<_> = std::iter::from_fn(|| places.take(other)).collect();
-            assert_eq!(held.len() + others.len(), CONNECTIONS_MAX);
+            assert_eq!(held.len() + others.len(), most);
             drop((held, others));
             assert_eq!(places.count(), 0);
             assert!(lock(&places.taken).by_source.is_empty());
