@@ -52,10 +52,15 @@ pub fn token_in(said: &str, start: &str) -> Result<String> {
     Ok(word.with_context(|| format!("a token {start}… in: {said}"))?.to_string())
 }
 
-/// The laptop gets its context from the prompt of a board, as a person would copy it.
+/// The laptop gets its context from the prompt of a board, as a person would copy it. A board that founds a cluster
+/// looks for one of that name first.
 pub fn give_laptop_a_context(field: &mut Field, index: usize, name: &str) -> Result<()> {
-    let said = field.guests[index].type_line(name, "token --user ada")?;
-    let token = token_in(&said, "tdc-user-")?;
+    let mut token = String::new();
+    until("the board gives a token for a laptop", Duration::from_secs(30), || {
+        let said = field.guests[index].type_line(name, "token --user ada")?;
+        token = token_in(&said, "tdc-user-")?;
+        Ok(true)
+    })?;
     field.laptop(&["context", "create", "home", &token]).map(drop)
 }
 
@@ -85,21 +90,34 @@ pub fn places(field: &Field, app: &str) -> Result<Vec<String>> {
     Ok(instances.filter(is_up).filter_map(|row| row["node"].as_str().map(String::from)).collect())
 }
 
-/// A founder and `count - 1` boards that join by its token; the laptop has its context.
-pub fn form(field: &mut Field, count: u8) -> Result<()> {
+pub fn add_founder(field: &mut Field) -> Result<usize> {
     field.serve_dhcp(10, 3600)?;
+    field.add(Setup::new("name = \"pi1\"\nbootstrap = true\n"))
+}
+
+/// Until it serves the laptop, which has its context.
+pub fn start_founder(field: &mut Field) -> Result<()> {
     let begin = Instant::now();
-    field.add(Setup::new("name = \"pi1\"\nbootstrap = true\n"))?;
     field.start(0)?;
     field.guests[0].wait_ready()?;
     field.guests[0].wait_said("eth0: address", Duration::from_secs(20))?;
     field.note("the first board is ready", begin);
+    give_laptop_a_context(field, 0, "pi1")
+}
+
+/// A founder and `count - 1` boards that join by its token; the laptop has its context.
+pub fn form(field: &mut Field, count: u8) -> Result<()> {
+    let begin = Instant::now();
+    add_founder(field)?;
+    start_founder(field)?;
+    if count == 1 {
+        return Ok(());
+    }
     let token = token_in(&field.guests[0].type_line("pi1", "token")?, "tdc-join-")?;
     for number in 2..=count {
         let index = field.add(Setup::new(&format!("name = \"pi{number}\"\njoin = \"{token}\"\n")))?;
         field.start(index)?;
     }
-    give_laptop_a_context(field, 0, "pi1")?;
     until("all nodes are up", Duration::from_secs(150), || Ok(nodes_up(field)? == usize::from(count)))?;
     field.note("all boards are members", begin);
     Ok(())

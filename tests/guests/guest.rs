@@ -140,7 +140,8 @@ impl Guest {
             let drive = format!("file={},if=none,id=card,format=raw,cache=writeback", self.disk.display());
             command.args(["-drive", &drive]);
         }
-        command.args(["-device", "virtio-blk-pci,drive=card"]);
+        // A request that was merged has one piece more than QEMU's log of writes can take.
+        command.args(["-device", "virtio-blk-pci,drive=card,request-merging=off"]);
         command.args(["-netdev", &format!("tap,id=net,ifname=tap{},script=no,downscript=no", self.number)]);
         command.args([
             "-device",
