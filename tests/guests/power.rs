@@ -152,7 +152,9 @@ fn found(field: &Field) -> Result<Kept> {
     let mark = |service: &Value| service["name"].as_str()?.strip_prefix("mark")?.parse().ok();
     let deploy = status["services"].as_array().into_iter().flatten().find_map(mark).unwrap_or(0);
     let images = field.laptop(&["image", "ls"])?;
-    let has = |number: &u64| images.split_whitespace().any(|word| word == format!("docker.io/library/part:{number}"));
+    let has = |number: &u64| {
+        images.split_whitespace().any(|word| word == format!("docker.io/library/part:{number}"))
+    };
     let image = (1..).take_while(has).last().unwrap_or(0);
     Ok(Kept { label, deploy, image })
 }
