@@ -1,8 +1,8 @@
 //! Kernel, modules and this program as the files of a boot slot.
 //!
 //! Input: packages and the binary. Output: `kernel.img`, `initramfs.img`, `cmdline.txt`. Only modules that the board
-//! names come along, with all that they need; they lie there unpacked, without their signatures, because a board loads
-//! some forty at every start and unpacking costs it seconds.
+//! names come along, with all that they need; they lie there unpacked, without their signatures and the types that debuggers read,
+//! because a board loads some forty at every start and unpacking costs it seconds.
 
 use crate::archive::Archive;
 use crate::board::{Board, Firmware};
@@ -47,6 +47,7 @@ pub fn prepare(board: &Board, packages: &Packages, binary: &Path, work: &Path) -
     for name in &chosen {
         let file = catalogue.file(name).context("a chosen module is in the catalogue")?;
         let body = unpacked(&modules.join(file))?;
+        let body = crate::elf::lean(&body).with_context(|| format!("read the module {file}"))?;
         module_bytes += body.len() as u64;
         archive.file(&format!("{below}/{}", plain_name(file)), &body);
     }

@@ -8,6 +8,7 @@
 mod archive;
 mod board;
 mod disk;
+mod elf;
 mod kernel;
 mod packages;
 
