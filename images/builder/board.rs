@@ -77,9 +77,12 @@ impl Board {
             .with_context(|| format!("no board is called {name}; there are: {}", names().join(", ")))?;
         let mut board: Board = toml::from_str(&text).with_context(|| format!("read {}", path.display()))?;
         board.name = name.into();
-        let common = Path::new(FOLDER).join("modules");
-        let common = fs::read_to_string(&common).with_context(|| format!("read {}", common.display()))?;
-        board.load.splice(0..0, list(&common));
+        let of_all = |name: &str| {
+            let path = Path::new(FOLDER).join(name);
+            fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
+        };
+        board.load.splice(0..0, list(&of_all("modules")?));
+        board.carry.extend(list(&of_all("modules-when-used")?));
         ensure!(
             ["aarch64", "x86_64"].contains(&board.architecture.as_str()),
             "{}: architecture is aarch64 or x86_64, not {}",

@@ -199,13 +199,12 @@ fn by_code(field: &mut Field) -> Result<()> {
     until("it is a member", Duration::from_secs(30), || Ok(nodes_up(field)? == 2))?;
     field.note("node accept → a member", begin);
 
-    // The screen that offers it may be drawn first.
-    let mut said = String::new();
-    until("Enter looks for a cluster first", Duration::from_secs(30), || {
-        said = field.guests[2].type_line("pi3", "")?;
-        Ok(said.contains("looking for a cluster"))
-    })?;
-    ensure!(said.contains("A cluster called home answers"), "{said}");
+    // On the screen that offers it.
+    let screen = field.guests[2].type_line("pi3", "")?;
+    ensure!(screen.contains("found one here:   Enter"), "{screen}");
+    field.guests[2].type_last("")?;
+    field.guests[2].wait_for("looking for a cluster", Duration::from_secs(20))?;
+    field.guests[2].wait_for("A cluster called home answers", Duration::from_secs(20))?;
     ensure!(field.guests[2].type_line("pi3", "join")?.contains("belongs to no cluster"), "it founded one");
     Ok(())
 }

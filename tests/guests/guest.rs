@@ -265,10 +265,10 @@ impl Guest {
     /// Types a line at the board's prompt; what was printed until the next prompt.
     pub fn type_line(&mut self, name: &str, line: &str) -> Result<String> {
         let prompt = format!("{name}> ");
-        // A fresh prompt, so that what follows is the answer to this line alone.
+        // A fresh prompt, so that what follows is the answer to this line alone. Not by Enter, which founds a cluster.
         let before = self.log().len();
-        self.type_bytes(b"\n")?;
-        // The screen may be drawn twice, for the prompt's start and for this: only then is the line typed.
+        self.type_bytes(b"version\n")?;
+        // The screen may be drawn meanwhile, for the prompt's start: only then is the line typed.
         let (mut length, mut since) = (0, Instant::now());
         until("the prompt answers", COMMAND_LIMIT, || {
             let log = self.log();
