@@ -3,8 +3,10 @@
 use crate::Case;
 use crate::field::{Field, until};
 use crate::guest::Setup;
+use crate::readme::{self, Step};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -12,8 +14,8 @@ use std::time::{Duration, Instant};
 pub const CASES: &[Case] = &[
     Case {
         name: "three-boards",
-        proves: "three flashed cards become a cluster by a token in tinydc.toml, a laptop deploys on it, and when a plug \
-                 is pulled its instances run elsewhere",
+        proves: "README's first cluster of three boards, word for word: a token in tinydc.toml, a laptop that deploys; and \
+                 when a plug is pulled its instances run elsewhere",
         run: three_boards,
     },
     Case {
@@ -35,17 +37,6 @@ pub fn guest_binary() -> PathBuf {
         .map_or("target/cross/build/x86_64-unknown-linux-musl/guest/tinydc".into(), PathBuf::from)
 }
 
-const APP: &str = "\
-services:
-  web:
-    image: hello:1
-    ports: [\"8080:8080\"]
-    deploy:
-      replicas: 3
-      resources:
-        reservations: {memory: 8M}
-";
-
 /// The token in a line that the prompt printed.
 pub fn token_in(said: &str, start: &str) -> Result<String> {
     let word = said.split_whitespace().find(|word| word.starts_with(start));
@@ -64,11 +55,15 @@ pub fn give_laptop_a_context(field: &mut Field, index: usize, name: &str) -> Res
     field.laptop(&["context", "create", "home", &token]).map(drop)
 }
 
-pub fn load_hello(field: &Field) -> Result<()> {
+/// An image as `docker save` would write it, on the laptop.
+fn write_hello(field: &Field) -> Result<()> {
     let words = ["/tinydc".to_string(), "hello".to_string()];
     let image = tinydc::cli::lab::image_of("hello:1", &guest_binary(), &words, &[])?;
-    let path = field.laptop_dir().join("hello.tar");
-    fs::write(&path, image)?;
+    fs::write(field.laptop_dir().join("hello.tar"), image).context("write the image")
+}
+
+pub fn load_hello(field: &Field) -> Result<()> {
+    write_hello(field)?;
     field.laptop(&["image", "load", "hello.tar"]).map(drop)
 }
 
@@ -123,17 +118,66 @@ pub fn form(field: &mut Field, count: u8) -> Result<()> {
     Ok(())
 }
 
+/// As README says it; `…` after the begin of a token stands for the one that was printed last.
+fn follow_readme(field: &mut Field) -> Result<String> {
+    const TOKENS: [&str; 2] = ["tdc-join-", "tdc-user-"];
+    let begin = Instant::now();
+    let mut tokens = BTreeMap::new();
+    let filled = |text: &str, tokens: &BTreeMap<&str, String>| {
+        tokens.iter().fold(text.to_string(), |text, (start, token)| text.replace(&format!("{start}…"), token))
+    };
+    let mut deployed = String::new();
+    for step in readme::steps()? {
+        match step {
+            Step::Card(text) => {
+                let index = field.add(Setup::new(&filled(&text, &tokens)))?;
+                field.start(index)?;
+            }
+            Step::Compose(text) => fs::write(field.laptop_dir().join("compose.yaml"), text)?,
+            Step::Typed { board, line } => {
+                let index = board.trim_start_matches("pi").parse::<usize>().context("a board's number")? - 1;
+                field.guests[index].wait_ready()?;
+                // The first board looks for a cluster of its name before it founds one.
+                until(&format!("{board} answers to {line}"), Duration::from_secs(30), || {
+                    let said = field.guests[index].type_line(&board, &line)?;
+                    for start in TOKENS {
+                        if let Ok(token) = token_in(&said, start) {
+                            tokens.insert(start, token);
+                        }
+                    }
+                    Ok(!said.contains("error"))
+                })?;
+            }
+            Step::OnLaptop(words) => {
+                let words = filled(&words, &tokens);
+                let words: Vec<&str> = words.split_whitespace().collect();
+                if words == ["image", "load", "hello.tar"] {
+                    write_hello(field)?;
+                }
+                let said = field.laptop(&words)?;
+                match words[..] {
+                    ["node", "ls"] => {
+                        until("all three are up", Duration::from_secs(150), || Ok(nodes_up(field)? == 3))?;
+                        field.note("three boards are a cluster", begin);
+                    }
+                    ["deploy", ..] => deployed = said,
+                    _ => {}
+                }
+            }
+        }
+    }
+    field.note("and run an app", begin);
+    Ok(deployed)
+}
+
 fn three_boards(field: &mut Field) -> Result<()> {
-    form(field, 3)?;
+    field.serve_dhcp(10, 3600)?;
+    fs::create_dir_all(field.laptop_dir())?;
+    let said = follow_readme(field)?;
+    ensure!(said.contains("8080"), "deploy ends with the addresses to open: {said}");
     for index in 1..3 {
         field.guests[index].wait_said("the token in tinydc.toml was used", Duration::from_secs(30))?;
     }
-    load_hello(field)?;
-    fs::write(field.laptop_dir().join("compose.yaml"), APP)?;
-    let begin = Instant::now();
-    let said = field.laptop(&["deploy", "--name", "shop", "--timeout", "120s"])?;
-    field.note("three instances deployed", begin);
-    ensure!(said.contains("8080"), "deploy ends with the addresses to open: {said}");
     let mut spread = places(field, "shop")?;
     spread.sort();
     ensure!(spread == ["pi1", "pi2", "pi3"], "one on each: {spread:?}");

@@ -14,6 +14,7 @@ mod image;
 mod losses;
 mod network;
 mod power;
+mod readme;
 mod slots;
 
 use anyhow::{Result, anyhow};
