@@ -87,20 +87,32 @@ pub fn places(field: &Field, app: &str) -> Result<Vec<String>> {
 
 /// A founder and `count - 1` boards that join by its token; the laptop has its context.
 pub fn form(field: &mut Field, count: u8) -> Result<()> {
+    form_of(field, &vec!["qemu-x86_64"; count.into()])
+}
+
+/// The same of these boards; the first founds it.
+pub fn form_of(field: &mut Field, boards: &[&'static str]) -> Result<()> {
     field.serve_dhcp(10, 3600)?;
     let begin = Instant::now();
-    field.add(Setup::new("name = \"pi1\"\nbootstrap = true\n"))?;
+    field.add(Setup { board: boards[0], ..Setup::new("name = \"pi1\"\nbootstrap = true\n") })?;
     field.start(0)?;
     field.guests[0].wait_ready()?;
     field.guests[0].wait_said("eth0: address", Duration::from_secs(20))?;
     field.note("the first board is ready", begin);
-    let token = token_in(&field.guests[0].type_line("pi1", "token")?, "tdc-join-")?;
-    for number in 2..=count {
-        let index = field.add(Setup::new(&format!("name = \"pi{number}\"\njoin = \"{token}\"\n")))?;
+    let mut said = String::new();
+    // It looks for a cluster of its name first.
+    until("it has founded a cluster", Duration::from_secs(60), || {
+        said = field.guests[0].type_line("pi1", "token")?;
+        Ok(said.contains("tdc-join-"))
+    })?;
+    let token = token_in(&said, "tdc-join-")?;
+    for (number, board) in (1..).zip(boards).skip(1) {
+        let settings = format!("name = \"pi{number}\"\njoin = \"{token}\"\n");
+        let index = field.add(Setup { board, ..Setup::new(&settings) })?;
         field.start(index)?;
     }
     give_laptop_a_context(field, 0, "pi1")?;
-    until("all nodes are up", Duration::from_secs(150), || Ok(nodes_up(field)? == usize::from(count)))?;
+    until("all nodes are up", Duration::from_secs(150), || Ok(nodes_up(field)? == boards.len()))?;
     field.note("all boards are members", begin);
     Ok(())
 }

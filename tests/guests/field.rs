@@ -79,7 +79,9 @@ impl Field {
         command.arg(format!("--dhcp-option=option:dns-server,{a}.{b}.{c}.254"));
         for number in 1..=9 {
             let hardware = crate::guest::hardware(number);
-            command.arg(format!("--dhcp-host={hardware},{a}.{b}.{c}.{}", offset + number));
+            // The second is how QEMU's network chip on USB changes it.
+            let on_usb = hardware.replacen("52", "40", 1);
+            command.arg(format!("--dhcp-host={hardware},{on_usb},{a}.{b}.{c}.{}", offset + number));
         }
         let log = fs::File::create(self.dir.join("dnsmasq.log"))?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
@@ -115,12 +117,17 @@ impl Field {
         self.guests[index].qmp("set_link", serde_json::json!({ "name": "nic", "up": is_plugged })).map(drop)
     }
 
-    /// The command line on the laptop, which stands on the LAN and has nothing but its own contexts.
-    pub fn laptop(&self, words: &[&str]) -> Result<String> {
-        let home = self.dir.join("laptop");
-        fs::create_dir_all(&home)?;
+    /// For `inside`: the command line on the laptop, which stands on the LAN and has nothing but its own contexts.
+    pub fn laptop_command(&self, words: &[&str]) -> Command {
+        let home = self.laptop_dir();
         let mut command = Command::new(env!("CARGO_BIN_EXE_tinydc"));
         command.args(words).env_clear().env("HOME", &home).env("PATH", "/usr/bin:/bin").current_dir(&home);
+        command
+    }
+
+    pub fn laptop(&self, words: &[&str]) -> Result<String> {
+        fs::create_dir_all(self.laptop_dir())?;
+        let mut command = self.laptop_command(words);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let output: Output = self.inside(&mut command)?.wait_with_output()?;
         let said = String::from_utf8_lossy(&output.stdout).into_owned();

@@ -37,7 +37,7 @@ impl Setup {
             disk_mib: 1024,
             settings: settings.into(),
             machine_words: Vec::new(),
-            kernel_words: String::new(),
+            kernel_words: "tinydc.log=ttyS1".into(),
         }
     }
 }
@@ -112,49 +112,29 @@ impl Guest {
         self.begin = self.log().len();
         self.seen = self.begin;
         let slot = image::slot_of(&self.disk, &self.dir)?;
-        let is_arm = self.setup.board.contains("aarch64");
-        let mut command = Command::new(if is_arm { "qemu-system-aarch64" } else { "qemu-system-x86_64" });
-        if is_arm {
-            command.args(["-M", "virt", "-cpu", "cortex-a72"]);
-        } else {
-            command.args(["-M", "q35", "-cpu", "max"]);
-        }
-        command.args([
-            "-accel",
-            "tcg,thread=multi",
-            "-smp",
-            "1",
-            "-display",
-            "none",
-            "-nodefaults",
-            "-no-reboot",
-        ]);
-        command.args(["-m", &self.setup.memory_mib.to_string()]);
+        let mut command = match self.setup.board {
+            "rpi3" => self.raspberry_pi_3(),
+            board => self.virtual_machine(board.contains("aarch64")),
+        };
+        command.args(["-display", "none", "-nodefaults", "-no-reboot"]);
         command.arg("-kernel").arg(&slot.kernel).arg("-initrd").arg(&slot.initramfs);
-        command.args([
-            "-append",
-            &format!("{} tinydc.log=ttyS1 {}", slot.command_line, self.setup.kernel_words),
-        ]);
-        let has_drive = self.setup.machine_words.iter().any(|word| word.contains("node-name=card"));
-        if !has_drive {
-            let drive = format!("file={},if=none,id=card,format=raw,cache=writeback", self.disk.display());
-            command.args(["-drive", &drive]);
+        if let Some(device_tree) = &slot.device_tree {
+            command.arg("-dtb").arg(device_tree);
         }
-        command.args(["-device", "virtio-blk-pci,drive=card"]);
+        command.args(["-append", &format!("{} {}", slot.command_line, self.setup.kernel_words)]);
         command.args(["-netdev", &format!("tap,id=net,ifname=tap{},script=no,downscript=no", self.number)]);
-        command.args([
-            "-device",
-            &format!("virtio-net-pci,netdev=net,id=nic,mac={},romfile=", hardware(self.number)),
-        ]);
-        command.args(["-device", "i6300esb", "-action", "watchdog=reset"]);
         let serial = format!(
             "socket,id=serial,path={},server=on,wait=off,logfile={},logappend=on",
             self.dir.join("serial.sock").display(),
             self.log_path().display()
         );
-        command.args(["-chardev", &serial, "-serial", "chardev:serial"]);
         let daemon = format!("file,id=daemon,path={},append=on", self.dir.join("daemon.log").display());
-        command.args(["-chardev", &daemon, "-serial", "chardev:daemon"]);
+        command.args(["-chardev", &serial, "-chardev", &daemon]);
+        // The console of a Raspberry Pi is its second serial line.
+        let lines = if self.setup.board == "rpi3" { ["daemon", "serial"] } else { ["serial", "daemon"] };
+        for line in lines {
+            command.args(["-serial", &format!("chardev:{line}")]);
+        }
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", self.dir.join("qmp.sock").display())]);
         command.args(&self.setup.machine_words);
         let log = fs::File::create(self.dir.join("qemu.log"))?;
@@ -173,6 +153,36 @@ impl Guest {
         std::thread::spawn(move || std::io::copy(&mut reader, &mut std::io::sink()));
         self.serial = Some(serial);
         Ok(())
+    }
+
+    /// QEMU's own machines, with virtio.
+    fn virtual_machine(&self, is_arm: bool) -> Command {
+        let mut command = Command::new(if is_arm { "qemu-system-aarch64" } else { "qemu-system-x86_64" });
+        let machine = if is_arm { ["virt", "cortex-a72"] } else { ["q35", "max"] };
+        command.args(["-M", machine[0], "-cpu", machine[1], "-smp", "1", "-accel", "tcg,thread=multi"]);
+        command.args(["-m", &self.setup.memory_mib.to_string()]);
+        let has_drive = self.setup.machine_words.iter().any(|word| word.contains("node-name=card"));
+        if !has_drive {
+            let drive = format!("file={},if=none,id=card,format=raw,cache=writeback", self.disk.display());
+            command.args(["-drive", &drive]);
+        }
+        command.args(["-device", "virtio-blk-pci,drive=card"]);
+        let hardware = hardware(self.number);
+        command.args(["-device", &format!("virtio-net-pci,netdev=net,id=nic,mac={hardware},romfile=")]);
+        command.args(["-device", "i6300esb", "-action", "watchdog=reset"]);
+        command
+    }
+
+    /// Its processors and its memory are given; its card has a size that is a power of two. Its own network chip is not
+    /// emulated: another one on the same bus stands for it.
+    fn raspberry_pi_3(&self) -> Command {
+        let mut command = Command::new("qemu-system-aarch64");
+        // Its four processors take turns: those that wait for the first would keep four of ours busy.
+        command.args(["-M", "raspi3b", "-accel", "tcg,thread=single"]);
+        let drive = format!("file={},if=sd,format=raw,cache=writeback", self.disk.display());
+        command.args(["-drive", &drive]);
+        command.args(["-device", &format!("usb-net,netdev=net,id=nic,mac={}", hardware(self.number))]);
+        command
     }
 
     fn type_bytes(&mut self, bytes: &[u8]) -> Result<()> {

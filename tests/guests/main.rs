@@ -12,9 +12,11 @@ mod field;
 mod guest;
 mod image;
 mod losses;
+mod mixed;
 mod network;
 mod power;
 mod slots;
+mod wireguard;
 
 use anyhow::{Result, anyhow};
 use field::Field;
@@ -28,7 +30,15 @@ pub struct Case {
     pub run: fn(&mut Field) -> Result<()>,
 }
 
-const CASES: &[&[Case]] = &[boot::CASES, cluster::CASES, network::CASES, power::CASES, slots::CASES];
+const CASES: &[&[Case]] = &[
+    boot::CASES,
+    cluster::CASES,
+    mixed::CASES,
+    network::CASES,
+    wireguard::CASES,
+    power::CASES,
+    slots::CASES,
+];
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
