@@ -6,6 +6,7 @@
 // layer 0
 pub mod model;
 // layer 1
+pub mod certificate;
 pub mod linux;
 pub mod tasks;
 pub mod telemetry;

@@ -385,9 +385,12 @@ impl Worker {
         self.watch_health(state);
         if situation.may_start {
             self.keep_artifacts(state);
+            self.watch_disk(state, now);
+        }
+        // What an old state doesn't name may be what was loaded last.
+        if self.is_caught_up {
             self.delete_volumes(state);
             self.sweep(state, now);
-            self.watch_disk(state, now);
         }
         self.send_reports(state, now).await;
         self.errands.retain(|task| !task.is_finished());

@@ -143,7 +143,8 @@ fn sign(backend: &Backend, state: &State, key: &ClusterKey, host: &str) -> Resul
     let internal = |error: &dyn Error| ApiError::internal(error);
     let row = state.serving_authority.find(&()).ok_or_else(|| ApiError::unavailable("there is no CA yet"))?;
     let own = key.unseal(AUTHORITY_PURPOSE, &row.sealed_key).map_err(|error| internal(&error))?;
-    let authority = ServingAuthority::load(&row.certificate, &own).map_err(|error| internal(&error))?;
+    let name = state.cluster().map(|cluster| cluster.name.as_str()).unwrap_or_default();
+    let authority = ServingAuthority::load(name, &row.certificate, &own).map_err(|error| internal(&error))?;
     let signed = authority.sign(host, backend.replica.cluster_time().0 / 1000);
     let signed = signed.map_err(|error| internal(&error))?;
     let sealed_key = key.seal(&key_purpose(host), signed.key_pem.as_bytes());

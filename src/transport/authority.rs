@@ -11,13 +11,14 @@ use std::time::Duration;
 
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, PKCS_ED25519, SubjectPublicKeyInfo, date_time_ymd,
+    KeyPair, KeyUsagePurpose, PKCS_ED25519, PublicKeyData, SignatureAlgorithm, date_time_ymd,
 };
 use rustls::pki_types::{CertificateDer, PrivatePkcs8KeyDer, UnixTime};
 use webpki::{EndEntityCert, KeyUsage};
 
 use super::identity::NodeKey;
 use super::ids::PublicKey;
+use crate::certificate::validity;
 
 /// The name that every node certificate carries and that diallers expect.
 pub const NODE_NAME: &str = "node.tinydc";
@@ -92,13 +93,31 @@ fn named(common_name: &str) -> CertificateParams {
     params
 }
 
+/// What every cluster's authority says of itself; certificates name it as their issuer.
+fn of_authority() -> CertificateParams {
+    let mut params = named("tinydc cluster");
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+    params
+}
+
+/// Whom a certificate is for, as rcgen asks.
+struct Subject(PublicKey);
+
+impl PublicKeyData for Subject {
+    fn der_bytes(&self) -> &[u8] {
+        &self.0.0
+    }
+
+    fn algorithm(&self) -> &'static SignatureAlgorithm {
+        &PKCS_ED25519
+    }
+}
+
 impl Authority {
     pub fn create() -> Result<Authority, AuthorityError> {
         let key = KeyPair::generate_for(&PKCS_ED25519).map_err(AuthorityError::Create)?;
-        let mut params = named("tinydc cluster");
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-        let certificate = params.self_signed(&key).map_err(AuthorityError::Create)?;
+        let certificate = of_authority().self_signed(&key).map_err(AuthorityError::Create)?;
         Ok(Authority { certificate: certificate.der().clone(), key })
     }
 
@@ -124,9 +143,8 @@ impl Authority {
         subject: &str,
     ) -> Result<CertificateDer<'static>, AuthorityError> {
         let sign = || {
-            let issuer = Issuer::from_ca_cert_der(&self.certificate, &self.key)?;
-            let key = SubjectPublicKeyInfo::from_der(&[&ED25519_SPKI_HEAD[..], &key.0].concat())?;
-            params.signed_by(&key, &issuer)
+            let issuer = Issuer::new(of_authority(), &self.key);
+            params.signed_by(&Subject(key), &issuer)
         };
         let certificate =
             sign().map_err(|source| AuthorityError::Sign { subject: subject.into(), source })?;
@@ -230,7 +248,7 @@ pub(super) fn read_certificate(
     let key = key.try_into().map_err(|_| ReadCertificateError::KeyKind)?;
     let names: Vec<&str> = parsed.valid_dns_names().collect();
     let [name] = names[..] else { return Err(ReadCertificateError::Role) };
-    let not_after = validity_end(certificate).ok_or(ReadCertificateError::Validity)?;
+    let not_after = validity(certificate).ok_or(ReadCertificateError::Validity)?.not_after;
     Ok(Peer { public_key: PublicKey(key), role: read_role(name)?, not_after })
 }
 
@@ -252,53 +270,6 @@ fn read_role(name: &str) -> Result<Role, ReadCertificateError> {
         (None, Some(name)) => Ok(Role::Viewer { name: name.into() }),
         _ => Err(ReadCertificateError::Role),
     }
-}
-
-/// One DER element: its tag, its content, and what follows it.
-fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
-    let (&tag, rest) = der.split_first()?;
-    let (&first, rest) = rest.split_first()?;
-    let (length, rest) = match first {
-        0..=0x7f => (usize::from(first), rest),
-        0x81 => (usize::from(*rest.first()?), rest.get(1..)?),
-        0x82 => (usize::from(u16::from_be_bytes([*rest.first()?, *rest.get(1)?])), rest.get(2..)?),
-        _ => return None,
-    };
-    Some((tag, rest.get(..length)?, rest.get(length..)?))
-}
-
-/// Seconds since 1970 at which a certificate ends. webpki checks this field but doesn't show it.
-fn validity_end(certificate: &[u8]) -> Option<u64> {
-    let (_, body, _) = element(certificate)?;
-    let (_, mut fields, _) = element(body)?;
-    // TBSCertificate (RFC 5280 4.1): [0] version, serial, signature, issuer, then validity.
-    for _ in 0..4 {
-        fields = element(fields)?.2;
-    }
-    let (_, validity, _) = element(fields)?;
-    let (_, _, end) = element(validity)?;
-    let (tag, text, _) = element(end)?;
-    let text = std::str::from_utf8(text).ok()?;
-    let number = |range: std::ops::Range<usize>| text.get(range)?.parse::<u64>().ok();
-    // UTCTime has two digits of the year and means 1950 to 2049; GeneralizedTime has four.
-    let (year, at) = match tag {
-        0x17 => (number(0..2).map(|year| if year < 50 { 2000 + year } else { 1900 + year })?, 2),
-        0x18 => (number(0..4)?, 4),
-        _ => return None,
-    };
-    let (month, day) = (number(at..at + 2)?, number(at + 2..at + 4)?);
-    let (hour, minute, second) = (number(at + 4..at + 6)?, number(at + 6..at + 8)?, number(at + 8..at + 10)?);
-    let days = days_since_1970(year, month, day)?;
-    Some(days * 86_400 + hour * 3600 + minute * 60 + second)
-}
-
-fn days_since_1970(year: u64, month: u64, day: u64) -> Option<u64> {
-    const BEFORE_MONTH: [u64; 12] = [0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334];
-    let is_leap = year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
-    let leap_years = |year: u64| year / 4 - year / 100 + year / 400;
-    let whole_years = (year.checked_sub(1970)?) * 365 + leap_years(year - 1) - leap_years(1969);
-    let month_start = BEFORE_MONTH.get(usize::try_from(month.checked_sub(1)?).ok()?)?;
-    Some(whole_years + month_start + u64::from(is_leap && month > 2) + day.checked_sub(1)?)
 }
 
 #[cfg(test)]
@@ -348,15 +319,5 @@ mod tests {
         let key = NodeKey::create().unwrap().public_key();
         let loaded = Authority::load(authority.certificate().clone(), authority.key_bytes()).unwrap();
         assert_eq!(loaded.sign_node(key).unwrap(), authority.sign_node(key).unwrap());
-    }
-
-    #[test]
-    fn days_are_counted_as_the_calendar_does() {
-        let cases =
-            [(1970, 1, 1, 0), (2000, 2, 29, 11_016), (2026, 11, 24, 20_781), (9999, 12, 31, 2_932_896)];
-        for (year, month, day, days) in cases {
-            assert_eq!(days_since_1970(year, month, day), Some(days), "{year}-{month}-{day}");
-        }
-        assert_eq!(days_since_1970(2026, 13, 1), None);
     }
 }

@@ -34,6 +34,7 @@ pub enum ServingError {
 }
 
 pub struct ServingAuthority {
+    cluster: String,
     certificate: CertificateDer<'static>,
     key: KeyPair,
 }
@@ -48,26 +49,32 @@ pub struct Signed {
     pub not_after: u64,
 }
 
+/// What the authority of a cluster says of itself; certificates name it as their issuer.
+fn of_authority(cluster: &str) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::OrganizationName, "tinydc");
+    params.distinguished_name.push(DnType::CommonName, format!("tinydc {cluster} CA"));
+    // A board out of a drawer must not find it ended, nor one without a clock not yet begun.
+    params.not_before = date_time_ymd(2000, 1, 1);
+    params.not_after = date_time_ymd(2099, 12, 31);
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    params
+}
+
 impl ServingAuthority {
     pub fn create(cluster: &str) -> Result<ServingAuthority, ServingError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).map_err(ServingError::Create)?;
-        let mut params = CertificateParams::default();
-        params.distinguished_name = DistinguishedName::new();
-        params.distinguished_name.push(DnType::OrganizationName, "tinydc");
-        params.distinguished_name.push(DnType::CommonName, format!("tinydc {cluster} CA"));
-        // A board out of a drawer must not find it ended, nor one without a clock not yet begun.
-        params.not_before = date_time_ymd(2000, 1, 1);
-        params.not_after = date_time_ymd(2099, 12, 31);
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        let certificate = params.self_signed(&key).map_err(ServingError::Create)?;
-        Ok(ServingAuthority { certificate: certificate.der().clone(), key })
+        let certificate = of_authority(cluster).self_signed(&key).map_err(ServingError::Create)?;
+        Ok(ServingAuthority { cluster: cluster.into(), certificate: certificate.der().clone(), key })
     }
 
     /// From what `certificate()` and `key_bytes()` gave.
-    pub fn load(certificate: &[u8], key: &[u8]) -> Result<ServingAuthority, ServingError> {
+    pub fn load(cluster: &str, certificate: &[u8], key: &[u8]) -> Result<ServingAuthority, ServingError> {
         let key = KeyPair::try_from(&PrivatePkcs8KeyDer::from(key)).map_err(ServingError::Load)?;
-        Ok(ServingAuthority { certificate: CertificateDer::from(certificate.to_vec()), key })
+        let certificate = CertificateDer::from(certificate.to_vec());
+        Ok(ServingAuthority { cluster: cluster.into(), certificate, key })
     }
 
     pub fn certificate(&self) -> &[u8] {
@@ -84,7 +91,7 @@ impl ServingAuthority {
         let not_before = now.saturating_sub(EARLIER_SECONDS);
         let not_after = not_before + LIFE_SECONDS;
         let sign = || {
-            let issuer = Issuer::from_ca_cert_der(&self.certificate, &self.key)?;
+            let issuer = Issuer::new(of_authority(&self.cluster), &self.key);
             let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
             let mut params = CertificateParams::new(vec![host.to_owned()])?;
             params.distinguished_name = DistinguishedName::new();
@@ -124,7 +131,7 @@ mod tests {
     #[test]
     fn a_host_s_certificate_is_accepted() {
         let made = ServingAuthority::create("home").unwrap();
-        let authority = ServingAuthority::load(made.certificate(), made.key_bytes()).unwrap();
+        let authority = ServingAuthority::load("home", made.certificate(), made.key_bytes()).unwrap();
         let pem = to_pem(authority.certificate());
         let root = CertificateDer::from_pem_slice(pem.as_bytes()).unwrap();
         let anchor = webpki::anchor_from_trusted_cert(&root).unwrap();

@@ -109,7 +109,7 @@ fn raspi3b(field: &mut Field) -> Result<()> {
     field.serve_dhcp(10, 3600)?;
     let setup = Setup {
         board: "rpi3",
-        kernel_words: "tinydc.log=ttyAMA0 module_blacklist=bcm2835_wdt".into(),
+        kernel_words: "module_blacklist=bcm2835_wdt".into(),
         ..Setup::new("name = \"pi1\"\n")
     };
     let index = field.add(setup)?;

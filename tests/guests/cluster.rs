@@ -52,10 +52,15 @@ pub fn token_in(said: &str, start: &str) -> Result<String> {
     Ok(word.with_context(|| format!("a token {start}… in: {said}"))?.to_string())
 }
 
-/// The laptop gets its context from the prompt of a board, as a person would copy it.
+/// The laptop gets its context from the prompt of a board, as a person would copy it. A board that founds a cluster
+/// looks for one of that name first.
 pub fn give_laptop_a_context(field: &mut Field, index: usize, name: &str) -> Result<()> {
-    let said = field.guests[index].type_line(name, "token --user ada")?;
-    let token = token_in(&said, "tdc-user-")?;
+    let mut token = String::new();
+    until("the board gives a token for a laptop", Duration::from_secs(30), || {
+        let said = field.guests[index].type_line(name, "token --user ada")?;
+        token = token_in(&said, "tdc-user-")?;
+        Ok(true)
+    })?;
     field.laptop(&["context", "create", "home", &token]).map(drop)
 }
 
@@ -85,34 +90,41 @@ pub fn places(field: &Field, app: &str) -> Result<Vec<String>> {
     Ok(instances.filter(is_up).filter_map(|row| row["node"].as_str().map(String::from)).collect())
 }
 
-/// A founder and `count - 1` boards that join by its token; the laptop has its context.
-pub fn form(field: &mut Field, count: u8) -> Result<()> {
-    form_of(field, &vec!["qemu-x86_64"; count.into()])
+pub fn add_founder(field: &mut Field) -> Result<usize> {
+    field.serve_dhcp(10, 3600)?;
+    field.add(Setup::new("name = \"pi1\"\nbootstrap = true\n"))
 }
 
-/// The same of these boards; the first founds it.
-pub fn form_of(field: &mut Field, boards: &[&'static str]) -> Result<()> {
-    field.serve_dhcp(10, 3600)?;
+/// Until it serves the laptop, which has its context.
+pub fn start_founder(field: &mut Field) -> Result<()> {
     let begin = Instant::now();
-    field.add(Setup { board: boards[0], ..Setup::new("name = \"pi1\"\nbootstrap = true\n") })?;
     field.start(0)?;
     field.guests[0].wait_ready()?;
     field.guests[0].wait_said("eth0: address", Duration::from_secs(20))?;
     field.note("the first board is ready", begin);
-    let mut said = String::new();
-    // It looks for a cluster of its name first.
-    until("it has founded a cluster", Duration::from_secs(60), || {
-        said = field.guests[0].type_line("pi1", "token")?;
-        Ok(said.contains("tdc-join-"))
-    })?;
-    let token = token_in(&said, "tdc-join-")?;
-    for (number, board) in (1..).zip(boards).skip(1) {
+    give_laptop_a_context(field, 0, "pi1")
+}
+
+/// A founder and `count - 1` boards that join by its token; the laptop has its context.
+pub fn form(field: &mut Field, count: u8) -> Result<()> {
+    form_with(field, &vec!["qemu-x86_64"; usize::from(count) - 1])
+}
+
+/// The same, with boards of these kinds beside the founder.
+pub fn form_with(field: &mut Field, boards: &[&'static str]) -> Result<()> {
+    let begin = Instant::now();
+    add_founder(field)?;
+    start_founder(field)?;
+    if boards.is_empty() {
+        return Ok(());
+    }
+    let token = token_in(&field.guests[0].type_line("pi1", "token")?, "tdc-join-")?;
+    for (number, board) in (2..).zip(boards) {
         let settings = format!("name = \"pi{number}\"\njoin = \"{token}\"\n");
         let index = field.add(Setup { board, ..Setup::new(&settings) })?;
         field.start(index)?;
     }
-    give_laptop_a_context(field, 0, "pi1")?;
-    until("all nodes are up", Duration::from_secs(150), || Ok(nodes_up(field)? == boards.len()))?;
+    until("all nodes are up", Duration::from_secs(150), || Ok(nodes_up(field)? == boards.len() + 1))?;
     field.note("all boards are members", begin);
     Ok(())
 }

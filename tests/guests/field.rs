@@ -25,9 +25,11 @@ pub struct Field {
 }
 
 impl Field {
-    pub fn new() -> Result<Field> {
-        let dir = PathBuf::from(std::env::var_os("TINYDC_GUEST_DIR").unwrap_or(DIR.into()));
-        let lock_path = dir.with_extension("lock");
+    /// One of several that may stand at a time.
+    pub fn new(lane: usize) -> Result<Field> {
+        let base = PathBuf::from(std::env::var_os("TINYDC_GUEST_DIR").unwrap_or(DIR.into()));
+        let dir = base.with_extension(format!("lane{lane}"));
+        let lock_path = dir.with_extension(format!("lock{lane}"));
         let lock = fs::File::create(&lock_path).with_context(|| format!("open {}", lock_path.display()))?;
         ensure!(lock.try_lock().is_ok(), "{} is in use by another run", dir.display());
         sweep(&dir)?;
@@ -117,19 +119,9 @@ impl Field {
         self.guests[index].qmp("set_link", serde_json::json!({ "name": "nic", "up": is_plugged })).map(drop)
     }
 
-    /// For `inside`: the command line on the laptop, which stands on the LAN and has nothing but its own contexts.
-    pub fn laptop_command(&self, words: &[&str]) -> Command {
-        let home = self.laptop_dir();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_tinydc"));
-        command.args(words).env_clear().env("HOME", &home).env("PATH", "/usr/bin:/bin").current_dir(&home);
-        command
-    }
-
+    /// The command line on the laptop, which stands on the LAN and has nothing but its own contexts.
     pub fn laptop(&self, words: &[&str]) -> Result<String> {
-        fs::create_dir_all(self.laptop_dir())?;
-        let mut command = self.laptop_command(words);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let output: Output = self.inside(&mut command)?.wait_with_output()?;
+        let output: Output = self.laptop_begin(words)?.wait_with_output()?;
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         if !output.status.success() {
             bail!(
@@ -139,6 +131,21 @@ impl Field {
             );
         }
         Ok(said)
+    }
+
+    /// The same, not waited for.
+    pub fn laptop_begin(&self, words: &[&str]) -> Result<Child> {
+        self.laptop_spoken_to(words, Stdio::null())
+    }
+
+    /// The same with something to read.
+    pub fn laptop_spoken_to(&self, words: &[&str], input: Stdio) -> Result<Child> {
+        let home = self.laptop_dir();
+        fs::create_dir_all(&home)?;
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tinydc"));
+        command.args(words).env_clear().env("HOME", &home).env("PATH", "/usr/bin:/bin").current_dir(&home);
+        command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped());
+        self.inside(&mut command)
     }
 
     pub fn laptop_dir(&self) -> PathBuf {

@@ -27,6 +27,8 @@ pub struct Setup {
     /// Words for QEMU and for the kernel.
     pub machine_words: Vec<String>,
     pub kernel_words: String,
+    /// What the kernel unpacks after the board's initramfs.
+    pub more_initramfs: Vec<u8>,
 }
 
 impl Setup {
@@ -37,7 +39,8 @@ impl Setup {
             disk_mib: 1024,
             settings: settings.into(),
             machine_words: Vec::new(),
-            kernel_words: "tinydc.log=ttyS1".into(),
+            kernel_words: String::new(),
+            more_initramfs: Vec::new(),
         }
     }
 }
@@ -54,6 +57,7 @@ pub struct Guest {
     seen: usize,
     /// Where the log of this run begins.
     begin: usize,
+    plugged_in: Instant,
 }
 
 /// Text without the sequences that colour it on a terminal.
@@ -84,7 +88,17 @@ impl Guest {
         if !setup.settings.is_empty() {
             image::write_file(&disk, 1, "tinydc.toml", &setup.settings)?;
         }
-        Ok(Guest { number, disk, dir, setup, qemu: None, serial: None, seen: 0, begin: 0 })
+        Ok(Guest {
+            number,
+            disk,
+            dir,
+            setup,
+            qemu: None,
+            serial: None,
+            seen: 0,
+            begin: 0,
+            plugged_in: Instant::now(),
+        })
     }
 
     pub fn dir(&self) -> &Path {
@@ -104,6 +118,26 @@ impl Guest {
         self.setup.machine_words = words.iter().map(|word| word.to_string()).collect();
     }
 
+    pub fn set_memory(&mut self, mib: u32) {
+        self.setup.memory_mib = mib;
+    }
+
+    /// Of the next starts: more words for the kernel, and an archive that it unpacks last.
+    pub fn set_kernel(&mut self, words: &str, more_initramfs: Vec<u8>) {
+        self.setup.kernel_words = words.into();
+        self.setup.more_initramfs = more_initramfs;
+    }
+
+    /// How long this run is.
+    pub fn since_plug(&self) -> Duration {
+        self.plugged_in.elapsed()
+    }
+
+    /// Where the log of this run begins.
+    pub fn log_start(&self) -> usize {
+        self.begin
+    }
+
     fn log_path(&self) -> PathBuf {
         self.dir.join("serial.log")
     }
@@ -112,16 +146,24 @@ impl Guest {
         self.begin = self.log().len();
         self.seen = self.begin;
         let slot = image::slot_of(&self.disk, &self.dir)?;
-        let mut command = match self.setup.board {
-            "rpi3" => self.raspberry_pi_3(),
-            board => self.virtual_machine(board.contains("aarch64")),
+        if !self.setup.more_initramfs.is_empty() {
+            let mut whole = fs::read(&slot.initramfs)?;
+            whole.resize(whole.len().next_multiple_of(4), 0);
+            whole.extend_from_slice(&self.setup.more_initramfs);
+            fs::write(&slot.initramfs, whole)?;
+        }
+        // The console of a Raspberry Pi is its second serial line.
+        let (mut command, lines, log) = match self.setup.board {
+            "rpi3" => (self.raspberry_pi_3(), ["daemon", "serial"], "ttyAMA0"),
+            board => (self.virtual_machine(board.contains("aarch64")), ["serial", "daemon"], "ttyS1"),
         };
         command.args(["-display", "none", "-nodefaults", "-no-reboot"]);
         command.arg("-kernel").arg(&slot.kernel).arg("-initrd").arg(&slot.initramfs);
         if let Some(device_tree) = &slot.device_tree {
             command.arg("-dtb").arg(device_tree);
         }
-        command.args(["-append", &format!("{} {}", slot.command_line, self.setup.kernel_words)]);
+        let words = format!("{} tinydc.log={log} {}", slot.command_line, self.setup.kernel_words);
+        command.args(["-append", &words]);
         command.args(["-netdev", &format!("tap,id=net,ifname=tap{},script=no,downscript=no", self.number)]);
         let serial = format!(
             "socket,id=serial,path={},server=on,wait=off,logfile={},logappend=on",
@@ -130,8 +172,6 @@ impl Guest {
         );
         let daemon = format!("file,id=daemon,path={},append=on", self.dir.join("daemon.log").display());
         command.args(["-chardev", &serial, "-chardev", &daemon]);
-        // The console of a Raspberry Pi is its second serial line.
-        let lines = if self.setup.board == "rpi3" { ["daemon", "serial"] } else { ["serial", "daemon"] };
         for line in lines {
             command.args(["-serial", &format!("chardev:{line}")]);
         }
@@ -141,6 +181,7 @@ impl Guest {
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         let child = netns::in_netns(netns_path, || command.spawn()).context("start QEMU")?;
         self.qemu = Some(child);
+        self.plugged_in = Instant::now();
         let path = self.dir.join("serial.sock");
         let mut serial = None;
         until("QEMU opens the serial line", Duration::from_secs(10), || {
@@ -166,7 +207,8 @@ impl Guest {
             let drive = format!("file={},if=none,id=card,format=raw,cache=writeback", self.disk.display());
             command.args(["-drive", &drive]);
         }
-        command.args(["-device", "virtio-blk-pci,drive=card"]);
+        // A request that was merged has one piece more than QEMU's log of writes can take.
+        command.args(["-device", "virtio-blk-pci,drive=card,request-merging=off"]);
         let hardware = hardware(self.number);
         command.args(["-device", &format!("virtio-net-pci,netdev=net,id=nic,mac={hardware},romfile=")]);
         command.args(["-device", "i6300esb", "-action", "watchdog=reset"]);
@@ -294,6 +336,17 @@ impl Guest {
         until(&what, limit, || Ok(qemu.try_wait()?.is_some()))?;
         self.qemu = None;
         Ok(())
+    }
+
+    /// The same, to the millisecond; how long the run was.
+    pub fn wait_exit(&mut self, limit: Duration) -> Result<Duration> {
+        let qemu = self.qemu.as_mut().context("the guest is on")?;
+        while qemu.try_wait()?.is_none() {
+            ensure!(self.plugged_in.elapsed() < limit, "guest {} is still on", self.number);
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        self.qemu = None;
+        Ok(self.plugged_in.elapsed())
     }
 
     /// Pulls the plug.

@@ -15,18 +15,31 @@ pub fn of_board(board: &str) -> PathBuf {
     PathBuf::from(format!("target/images/tinydc-{board}.img"))
 }
 
-fn partition_start(disk: &Path, number: u32) -> Result<u64> {
+/// Where a partition begins and how long it is, in bytes.
+pub fn partition_span(disk: &Path, number: u32) -> Result<(u64, u64)> {
     let mut head = vec![0; partitions::HEAD_BYTES];
     File::open(disk)
         .and_then(|mut file| file.read_exact(&mut head))
         .with_context(|| format!("read {}", disk.display()))?;
     let table = partitions::read(&head).with_context(|| format!("{} has no partitions", disk.display()))?;
     let partition = table.partitions.iter().find(|one| one.number == number);
-    Ok(partition.with_context(|| format!("{} has no partition {number}", disk.display()))?.start * SECTOR)
+    let partition = partition.with_context(|| format!("{} has no partition {number}", disk.display()))?;
+    Ok((partition.start * SECTOR, partition.sectors * SECTOR))
+}
+
+/// A part of a disk as a file of its own.
+pub fn copy_part(disk: &Path, start: u64, bytes: u64, to: &Path) -> Result<()> {
+    let mut command = Command::new("dd");
+    command.arg(format!("if={}", disk.display())).arg(format!("of={}", to.display()));
+    command.args(["bs=1M", "conv=sparse", "status=none", "iflag=skip_bytes,count_bytes"]);
+    let status =
+        command.arg(format!("skip={start}")).arg(format!("count={bytes}")).status().context("run dd")?;
+    ensure!(status.success(), "copy a partition of {}", disk.display());
+    Ok(())
 }
 
 fn mtools(program: &str, disk: &Path, number: u32) -> Result<Command> {
-    let start = partition_start(disk, number)?;
+    let (start, _) = partition_span(disk, number)?;
     let mut command = Command::new(program);
     command.env("MTOOLS_SKIP_CHECK", "1").arg("-i").arg(format!("{}@@{start}", disk.display()));
     Ok(command)
@@ -92,7 +105,7 @@ pub fn slot_of(disk: &Path, folder: &Path) -> Result<Slot> {
 /// Overwrites the begin of a partition, where its file system is named.
 pub fn wipe_partition(disk: &Path, number: u32) -> Result<()> {
     use std::os::unix::fs::FileExt;
-    let start = partition_start(disk, number)?;
+    let (start, _) = partition_span(disk, number)?;
     Ok(File::options().write(true).open(disk)?.write_all_at(&[0; 8192], start)?)
 }
 

@@ -57,22 +57,39 @@ impl Log {
         Ok(Log { file, sector_bytes, entries })
     }
 
+    /// How many writes a log holds so far, while it is being written.
+    pub fn count(path: &Path) -> Result<usize> {
+        let file = File::open(path).with_context(|| format!("open {}", path.display()))?;
+        Ok(number(&file, 16)? as usize)
+    }
+
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
     pub fn flushes(&self) -> usize {
         self.entries.iter().filter(|entry| entry.flags & FLUSH != 0).count()
     }
 
-    /// Brings the log onto the disk. What came after the last flush but `forgotten` is written or lost by the toss of a
-    /// coin; with `forgotten` above 0 the disk is one that lied about its flushes. Returns how many writes were lost.
-    pub fn replay(&self, disk: &Path, forgotten: usize, coin: &mut dyn FnMut() -> bool) -> Result<usize> {
+    /// Brings the first `until` writes onto the disk. What came after their last flush but `forgotten` is written or
+    /// lost by the toss of a coin; with `forgotten` above 0 the disk is one that lied about its flushes. Returns how
+    /// many writes were lost.
+    pub fn replay(
+        &self,
+        disk: &Path,
+        until: usize,
+        forgotten: usize,
+        coin: &mut dyn FnMut() -> bool,
+    ) -> Result<usize> {
         let flushes: Vec<usize> =
-            (0..self.entries.len()).filter(|index| self.entries[*index].flags & FLUSH != 0).collect();
+            (0..until).filter(|index| self.entries[*index].flags & FLUSH != 0).collect();
         let Some(certain) = flushes.len().checked_sub(1 + forgotten).map(|index| flushes[index]) else {
             bail!("the log has only {} flushes", flushes.len())
         };
         let disk =
             File::options().write(true).open(disk).with_context(|| format!("open {}", disk.display()))?;
         let mut lost = 0;
-        for (index, entry) in self.entries.iter().enumerate() {
+        for (index, entry) in self.entries.iter().enumerate().take(until) {
             if entry.flags & MARK != 0 || entry.sectors == 0 {
                 continue;
             }

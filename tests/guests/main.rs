@@ -2,7 +2,7 @@
 //!
 //! `tests/qemu run [CASE…]` builds what is needed and runs this (root). Each case has a LAN in a network namespace of its
 //! own, guests on taps of its bridge, their serial lines logged, QMP to pull plugs and press buttons. Says what each
-//! proves, its times, and how it ended; the last line is `N passed, N failed`.
+//! proves, its times, and how it ended, two at a time where there is room; the last line is `N passed, N failed`.
 //!
 //! Invariant: nothing of a case outlives it: guests, namespace, DHCP server and disks go with `Field`.
 
@@ -22,7 +22,13 @@ use anyhow::{Result, anyhow};
 use field::Field;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::Instant;
+
+/// What the largest case takes: three guests, each with its emulator.
+const LANE_KIB: u64 = 3 << 20;
+const LANES_MAX: usize = 2;
 
 pub struct Case {
     pub name: &'static str,
@@ -30,14 +36,15 @@ pub struct Case {
     pub run: fn(&mut Field) -> Result<()>,
 }
 
+/// The longest first: they run beside each other.
 const CASES: &[&[Case]] = &[
-    boot::CASES,
-    cluster::CASES,
-    mixed::CASES,
-    network::CASES,
-    wireguard::CASES,
     power::CASES,
     slots::CASES,
+    mixed::CASES,
+    cluster::CASES,
+    wireguard::CASES,
+    network::CASES,
+    boot::CASES,
 ];
 
 fn main() -> ExitCode {
@@ -50,20 +57,24 @@ fn main() -> ExitCode {
         eprintln!("no case is called {}; there are: {}", words.join(" or "), names.join(", "));
         return ExitCode::from(2);
     }
-    let mut failed = Vec::new();
-    for case in &wanted {
-        println!("\n{}: {}", case.name, case.proves);
-        let begin = Instant::now();
-        let outcome = play(case);
-        let seconds = begin.elapsed().as_secs_f64();
-        match outcome {
-            Ok(()) => println!("  ok ({seconds:.1} s)"),
-            Err(error) => {
-                println!("  FAILED ({seconds:.1} s): {error:#}");
-                failed.push(case.name);
-            }
+    let lanes = lanes().min(wanted.len());
+    println!("{} cases, {lanes} at a time", wanted.len());
+    let waiting = Mutex::new(wanted.iter().copied());
+    let failed = Mutex::new(Vec::new());
+    thread::scope(|scope| {
+        for lane in 1..=lanes {
+            let (waiting, failed) = (&waiting, &failed);
+            scope.spawn(move || {
+                loop {
+                    let Some(case) = lock(waiting).next() else { return };
+                    if !play(case, lane) {
+                        lock(failed).push(case.name);
+                    }
+                }
+            });
         }
-    }
+    });
+    let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
     if !failed.is_empty() {
         println!("\nfailed: {}", failed.join(", "));
     }
@@ -71,19 +82,43 @@ fn main() -> ExitCode {
     if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-fn play(case: &Case) -> Result<()> {
-    let mut field = Field::new()?;
-    let outcome = catch_unwind(AssertUnwindSafe(|| (case.run)(&mut field)));
-    let outcome = outcome.unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<String>().cloned();
-        let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_string()));
-        Err(anyhow!("panicked: {}", text.unwrap_or_default()))
+/// A case that panicked has been caught; what the lock guards is whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// How many cases run beside each other: what memory and processors give.
+fn lanes() -> usize {
+    let cores = thread::available_parallelism().map_or(1, |count| count.get());
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let free = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let free_kib: u64 = free.and_then(|rest| rest.split_whitespace().next()?.parse().ok()).unwrap_or(0);
+    cores.min((free_kib / LANE_KIB) as usize).clamp(1, LANES_MAX)
+}
+
+/// Runs one case in a field of its own and tells of it in one piece. Returns whether it passed.
+fn play(case: &Case, lane: usize) -> bool {
+    let begin = Instant::now();
+    let mut text = format!("\n{}: {}\n", case.name, case.proves);
+    let outcome = Field::new(lane).and_then(|mut field| {
+        let outcome = catch_unwind(AssertUnwindSafe(|| (case.run)(&mut field)));
+        let outcome = outcome.unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_string()));
+            Err(anyhow!("panicked: {}", text.unwrap_or_default()))
+        });
+        for note in &field.notes {
+            text += &format!("  {note}\n");
+        }
+        if outcome.is_err() {
+            text += &field.log_tails();
+        }
+        outcome
     });
-    for note in &field.notes {
-        println!("  {note}");
+    let seconds = begin.elapsed().as_secs_f64();
+    match &outcome {
+        Ok(()) => println!("{text}  ok ({seconds:.1} s)"),
+        Err(error) => println!("{text}  FAILED ({seconds:.1} s): {error:#}"),
     }
-    if outcome.is_err() {
-        print!("{}", field.log_tails());
-    }
-    outcome
+    outcome.is_ok()
 }

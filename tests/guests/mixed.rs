@@ -1,7 +1,7 @@
 //! Boards of two architectures in one cluster, and images for both, for one and for the other.
 
 use crate::Case;
-use crate::cluster::{form_of, guest_binary, places};
+use crate::cluster::{form_with, guest_binary, places};
 use crate::field::{Field, until};
 use crate::image::multi_platform;
 use anyhow::{Context, Result, ensure};
@@ -15,8 +15,6 @@ pub const CASES: &[Case] = &[Case {
              goes nowhere else",
     run: mixed,
 }];
-
-const BOARDS: [&str; 3] = ["qemu-x86_64", "qemu-aarch64", "qemu-aarch64"];
 
 /// Three that must stand on three boards, each behind the port of its own board.
 const BOTH: &str = "\
@@ -52,7 +50,7 @@ fn deploy(field: &Field, app: &str, text: &str, where_to: &[&str]) -> Result<()>
 }
 
 fn mixed(field: &mut Field) -> Result<()> {
-    form_of(field, &BOARDS)?;
+    form_with(field, &["qemu-aarch64", "qemu-aarch64"])?;
     let (pc, arm) = (("amd64", guest_binary()), ("arm64", arm_binary()));
     load(field, "both:1", &[pc.clone(), arm.clone()])?;
     let listed = field.laptop(&["image", "ls"])?;

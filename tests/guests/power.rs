@@ -1,103 +1,277 @@
-//! Plugs that are pulled while a board writes, and daemons that hang.
+//! Plugs that are pulled while a board writes: labels, deploys, images; and disks that lose what was not flushed.
 
 use crate::Case;
 use crate::cluster::{form, load_hello};
 use crate::field::{Field, until};
-use crate::guest::Setup;
+use crate::image;
 use crate::losses::Log;
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 pub const CASES: &[Case] = &[
     Case {
         name: "power-loss",
-        proves: "a random half of what was not flushed is lost: all that was acknowledged is there; with flushes that \
-                 were dropped it is not, so this check can fail",
+        proves: "the plug is pulled at ten moments of writing, and a random half of what the disk had not flushed is lost: \
+                 all that was acknowledged is there; on a disk that drops flushes it is not, so this check can fail",
         run: power_loss,
     },
     Case {
         name: "power-cut",
-        proves: "plugs are pulled at moments of writing: each time the board boots by itself and has all that was acknowledged",
+        proves: "the plug is pulled ten times while apps are deployed and images loaded: each time the board boots by \
+                 itself, has all that was acknowledged, and runs its app",
         run: power_cut,
     },
 ];
 
-const CUTS: u32 = 6;
+/// Of each kind; together the twenty of a run.
+const CUTS: usize = 10;
+/// How many flushes a lying disk forgets.
+const FORGOTTEN: usize = 12;
+const RECORDED: Duration = Duration::from_secs(25);
+const SERVES_LIMIT: Duration = Duration::from_secs(60);
+/// Not compressible, so that a disk has to take all of it.
+const PART_BYTES: usize = 1 << 20;
 
-/// Moments are drawn from this; printed, so that a run can be repeated.
-fn draw(seed: &mut u64) -> u64 {
-    *seed ^= *seed << 13;
-    *seed ^= *seed >> 7;
-    *seed ^= *seed << 17;
-    *seed
+/// Moments and losses are drawn from this; printed, so that a run can be repeated.
+struct Draw(u64);
+
+impl Draw {
+    fn new(field: &mut Field) -> Draw {
+        let given = std::env::var("TINYDC_SEED").ok().and_then(|text| text.parse().ok());
+        let seed = given.unwrap_or(u64::from(std::process::id()) | 1);
+        field.remark(format!("TINYDC_SEED={seed}"));
+        Draw(seed)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
+
+/// What the board has said yes to: the last label, the last deploy, the last image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Kept {
+    label: u64,
+    deploy: u64,
+    image: u64,
+}
+
+/// `web` is what runs; the other service is the mark of this deploy.
+fn compose(number: u64) -> String {
+    format!(
+        "services:\n  web: {{image: \"hello:1\", stop_grace_period: 1s, deploy: {{replicas: 1}}}}\n  \
+         mark{number}: {{image: \"hello:1\", deploy: {{replicas: 0}}}}\n"
+    )
+}
+
+fn part(number: u64) -> Result<Vec<u8>> {
+    let mut draw = Draw(number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+    let content: Vec<u8> = (0..PART_BYTES / 8).flat_map(|_| draw.next().to_le_bytes()).collect();
+    let mut layer = tar::Builder::new(Vec::new());
+    let mut header = tar::Header::new_gnu();
+    header.set_size(content.len() as u64);
+    header.set_mode(0o644);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
+    layer.append_data(&mut header, "part", &content[..])?;
+    tinydc::cli::lab::archive_of(&format!("part:{number}"), &layer.into_inner()?, &["/part".into()])
+}
+
+/// One of the three, begun by the laptop; and what is kept once it is acknowledged.
+fn begin_one(field: &Field, kept: Kept, draw: &mut Draw) -> Result<(Child, Kept)> {
+    let mut next = kept;
+    let folder = field.laptop_dir();
+    let child = match draw.next() % 8 {
+        0 | 1 => {
+            next.deploy += 1;
+            fs::write(folder.join("power.yaml"), compose(next.deploy))?;
+            field.laptop_begin(&["deploy", "-d", "-f", "power.yaml", "--name", "shop"])?
+        }
+        2 => {
+            next.image += 1;
+            fs::write(folder.join("part.tar"), part(next.image)?)?;
+            field.laptop_begin(&["image", "load", "part.tar"])?
+        }
+        _ => {
+            next.label += 1;
+            field.laptop_begin(&["node", "label", "pi1", &format!("n={}", next.label)])?
+        }
+    };
+    Ok((child, next))
+}
+
+/// Writes for this long, telling of each that is acknowledged; the last is still under way.
+fn write_on(
+    field: &Field,
+    length: Duration,
+    kept: &mut Kept,
+    draw: &mut Draw,
+    told: &mut dyn FnMut(Kept) -> Result<()>,
+) -> Result<Child> {
+    let begin = Instant::now();
+    loop {
+        let (mut child, next) = begin_one(field, *kept, draw)?;
+        let status = loop {
+            if let Some(status) = child.try_wait()? {
+                break status;
+            }
+            if begin.elapsed() >= length {
+                return Ok(child);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        if !status.success() {
+            let output = child.wait_with_output()?;
+            bail!("a write was refused: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        *kept = next;
+        told(next)?;
+    }
+}
+
+fn end(mut child: Child) -> Result<()> {
+    // It waits for a board that is off.
+    child.kill()?;
+    child.wait().map(drop).context("the laptop's command")
+}
+
+/// What is there now. Its images: those that `image ls` names from the first without a gap.
+fn found(field: &Field) -> Result<Kept> {
+    let node = field.laptop_json(&["node", "inspect", "pi1"])?;
+    let label = node["labels"]["n"].as_str().and_then(|text| text.parse().ok()).unwrap_or(0);
+    let status = field.laptop_json(&["status"])?;
+    let mark = |service: &Value| service["name"].as_str()?.strip_prefix("mark")?.parse().ok();
+    let deploy = status["services"].as_array().into_iter().flatten().find_map(mark).unwrap_or(0);
+    let images = field.laptop(&["image", "ls"])?;
+    let has = |number: &u64| {
+        images.split_whitespace().any(|word| word == format!("docker.io/library/part:{number}"))
+    };
+    let image = (1..).take_while(has).last().unwrap_or(0);
+    Ok(Kept { label, deploy, image })
+}
+
+/// Of each kind one more may have been written whose answer was cut off.
+fn is_all_there(kept: Kept, found: Kept) -> bool {
+    let is_there = |kept: u64, found: u64| found == kept || found == kept + 1;
+    is_there(kept.label, found.label)
+        && is_there(kept.deploy, found.deploy)
+        && is_there(kept.image, found.image)
+}
+
+/// Starts the board and asks it what it has.
+fn start_and_ask(field: &mut Field) -> Result<Kept> {
+    field.start(0)?;
+    let data = field.guests[0].wait_said(" data ", SERVES_LIMIT)?;
+    ensure!(data.contains(" ok "), "the file system comes back by itself: {data}");
+    field.guests[0].wait_ready()?;
+    let mut now = Kept::default();
+    until("the board serves again", SERVES_LIMIT, || {
+        now = found(field)?;
+        Ok(true)
+    })?;
+    Ok(now)
+}
+
+fn runs_its_app(field: &Field) -> Result<()> {
+    until("its app runs again", SERVES_LIMIT, || {
+        let status = field.laptop_json(&["status"])?;
+        let mut services = status["services"].as_array().into_iter().flatten();
+        Ok(services.any(|one| one["name"] == "web" && one["running"] == 1))
+    })
+}
+
+/// The board is off. Its data's file system is sound, and what it holds under a digest has that digest.
+fn check_disk(field: &Field) -> Result<usize> {
+    let disk = &field.guests[0].disk;
+    let folder = field.guests[0].dir().join("blobs");
+    let (start, bytes) = image::partition_span(disk, 4)?;
+    let data = field.guests[0].dir().join("data.img");
+    // Replaying the journal writes: on a copy, so that the board does it by itself.
+    image::copy_part(disk, start, bytes, &data)?;
+    let checked =
+        Command::new("/usr/sbin/e2fsck").args(["-f", "-p"]).arg(&data).output().context("run e2fsck")?;
+    let said = String::from_utf8_lossy(&checked.stdout).into_owned();
+    // 0: clean; 1: what -p corrects without a question, such as counts after a replayed journal.
+    ensure!(checked.status.code().is_some_and(|code| code <= 1), "e2fsck: {said}");
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    fs::create_dir(&folder)?;
+    let request = format!("rdump /blobs/sha256 {}", folder.display());
+    let dumped = Command::new("/usr/sbin/debugfs")
+        .arg("-R")
+        .arg(request)
+        .arg(&data)
+        .output()
+        .context("run debugfs")?;
+    ensure!(dumped.status.success(), "debugfs: {}", String::from_utf8_lossy(&dumped.stderr));
+    let mut count = 0;
+    for entry in fs::read_dir(folder.join("sha256")).context("the board's blobs")? {
+        let entry = entry?;
+        let digest: String =
+            Sha256::digest(fs::read(entry.path())?).iter().map(|byte| format!("{byte:02x}")).collect();
+        let name = entry.file_name();
+        ensure!(name.to_string_lossy() == digest.as_str(), "blob {name:?} holds something else ({digest})");
+        count += 1;
+    }
+    fs::remove_file(&data)?;
+    Ok(count)
 }
 
 fn power_cut(field: &mut Field) -> Result<()> {
     form(field, 1)?;
-    let given = std::env::var("TINYDC_SEED").ok().and_then(|text| text.parse().ok());
-    let mut seed: u64 = given.unwrap_or(u64::from(std::process::id()) | 1);
-    field.remark(format!("TINYDC_SEED={seed}"));
-    let mut acknowledged = 0;
-    for cut in 0..CUTS {
-        let length = Duration::from_millis(500 + draw(&mut seed) % 3_000);
-        let begin = Instant::now();
-        if cut == 1 {
-            load_hello(field)?;
-        }
-        while begin.elapsed() < length {
-            let next = acknowledged + 1;
-            let label = format!("n={next}");
-            if field.laptop(&["node", "label", "pi1", &label]).is_ok() {
-                acknowledged = next;
-            }
-        }
+    load_hello(field)?;
+    let mut draw = Draw::new(field);
+    let mut kept = Kept::default();
+    for cut in 1..=CUTS {
+        let length = Duration::from_millis(300 + draw.next() % 3_000);
+        let child = write_on(field, length, &mut kept, &mut draw, &mut |_| Ok(()))?;
         field.guests[0].kill();
+        end(child)?;
         let begin = Instant::now();
-        field.start(0)?;
-        let data = field.guests[0].wait_said(" data ", Duration::from_secs(60))?;
-        ensure!(data.contains(" ok "), "the file system comes back by itself: {data}");
-        field.guests[0].wait_ready()?;
-        let mut found = 0;
-        until("the board serves again", Duration::from_secs(60), || {
-            let node = field.laptop_json(&["node", "inspect", "pi1"])?;
-            found = node["labels"]["n"].as_str().and_then(|text| text.parse().ok()).unwrap_or(0);
-            Ok(true)
-        })?;
-        // One more may have been written whose answer was cut off.
-        ensure!(
-            found == acknowledged || found == acknowledged + 1,
-            "cut {cut}: {acknowledged} were acknowledged, {found} is there"
-        );
-        field.note(&format!("cut {cut} after {acknowledged} writes: back"), begin);
+        let now = start_and_ask(field)?;
+        ensure!(is_all_there(kept, now), "cut {cut}: {kept:?} was acknowledged, {now:?} is there");
+        field.note(&format!("cut {cut} after {kept:?}: all there"), begin);
+        kept = now;
+        if kept.deploy > 0 {
+            runs_its_app(field)?;
+        }
     }
+    ensure!(kept.deploy > 0 && kept.image > 0, "no deploy or no image was among what was written: {kept:?}");
+    field.guests[0].kill();
+    let blobs = check_disk(field)?;
+    field.remark(format!("{blobs} blobs have their digests"));
     Ok(())
 }
 
-/// How many flushes a lying disk forgets.
-const FORGOTTEN: usize = 12;
+/// What was acknowledged, and how much the log of writes held when it was.
+struct Moment {
+    entries: usize,
+    kept: Kept,
+}
 
-/// The newest label, by the board's own prompt; `None` when the board does not come up or has no cluster.
-fn label_at_prompt(field: &mut Field) -> Option<u64> {
-    field.start(0).ok()?;
-    let guest = &mut field.guests[0];
-    guest.wait_ready().ok()?;
-    let said = guest.type_line("pi1", "node inspect pi1").ok()?;
-    let label = said.split_whitespace().find_map(|word| word.trim_end_matches(',').strip_prefix("n="))?;
-    label.parse().ok()
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    let status = Command::new("cp").arg("--sparse=always").arg(from).arg(to).status()?;
+    ensure!(status.success(), "copy {}", from.display());
+    Ok(())
 }
 
 fn power_loss(field: &mut Field) -> Result<()> {
-    field.serve_dhcp(10, 3600)?;
-    let index = field.add(Setup::new("name = \"pi1\"\nbootstrap = true\n"))?;
+    // Its settings, its disk as it is before anything is written, and a log of all writes after that.
+    let index = crate::cluster::add_founder(field)?;
     let disk = field.guests[index].disk.clone();
     let (before, log) = (disk.with_extension("before"), disk.with_extension("log"));
-    let copy = |from: &std::path::Path, to: &std::path::Path| -> Result<()> {
-        let status = std::process::Command::new("cp").arg("--sparse=always").arg(from).arg(to).status()?;
-        ensure!(status.success(), "copy {}", from.display());
-        Ok(())
-    };
     copy(&disk, &before)?;
-    std::fs::File::create(&log)?;
+    fs::File::create(&log)?;
     let drives = [
         format!("driver=file,node-name=plain,filename={}", disk.display()),
         format!("driver=file,node-name=writes,filename={}", log.display()),
@@ -105,36 +279,61 @@ fn power_loss(field: &mut Field) -> Result<()> {
     ];
     let words: Vec<&str> = drives.iter().flat_map(|drive| ["-blockdev", drive.as_str()]).collect();
     field.guests[index].set_machine_words(&words);
-    field.start(index)?;
-    field.guests[index].wait_ready()?;
-    let mut acknowledged = 0;
-    for next in 1..=20 {
-        field.guests[index].type_line("pi1", &format!("node label pi1 n={next}"))?;
-        acknowledged = next;
-    }
-    // One more is under way when the plug is pulled.
-    let given = std::env::var("TINYDC_SEED").ok().and_then(|text| text.parse().ok());
-    let mut seed: u64 = given.unwrap_or(u64::from(std::process::id()) | 1);
-    field.guests[index].type_last(&format!("node label pi1 n={}", acknowledged + 1))?;
-    std::thread::sleep(Duration::from_millis(draw(&mut seed) % 250));
+    crate::cluster::start_founder(field)?;
+    load_hello(field)?;
+
+    let mut draw = Draw::new(field);
+    let mut kept = Kept::default();
+    let mut moments = vec![Moment { entries: Log::count(&log)?, kept }];
+    let child = write_on(field, RECORDED, &mut kept, &mut draw, &mut |kept| {
+        moments.push(Moment { entries: Log::count(&log)?, kept });
+        Ok(())
+    })?;
     field.guests[index].kill();
+    end(child)?;
     field.guests[index].set_machine_words(&[]);
+    ensure!(kept.deploy > 0 && kept.image > 0, "no deploy or no image was among what was written: {kept:?}");
+
     let log = Log::read(&log)?;
-    field.remark(format!("TINYDC_SEED={seed}, {} flushes for {acknowledged} writes", log.flushes()));
-    for round in 0..3 {
+    let first = moments[0].entries;
+    field.remark(format!("{} writes and {} flushes for {kept:?}", log.len() - first, log.flushes()));
+    for cut in 1..=CUTS {
+        let until = first + draw.next() as usize % (log.len() - first + 1);
         copy(&before, &disk)?;
-        let lost = log.replay(&disk, 0, &mut || draw(&mut seed) % 2 == 0)?;
-        let found = label_at_prompt(field);
+        let lost = log.replay(&disk, until, 0, &mut || draw.next() % 2 == 0)?;
+        let acknowledged =
+            moments.iter().rev().find(|moment| moment.entries <= until).context("a moment")?.kept;
+        let begin = Instant::now();
+        let now = start_and_ask(field);
         field.guests[index].kill();
-        field.remark(format!("round {round}: {lost} writes lost, label {found:?}"));
-        let is_kept = found == Some(acknowledged) || found == Some(acknowledged + 1);
-        ensure!(is_kept, "{acknowledged} was acknowledged, {found:?} is there");
+        let now = now.with_context(|| format!("cut {cut}, after write {until}, {lost} lost"))?;
+        ensure!(
+            has_all(acknowledged, now),
+            "cut {cut}, after write {until}, {lost} lost: {acknowledged:?} was acknowledged, {now:?} is there"
+        );
+        let blobs = check_disk(field)?;
+        field.note(
+            &format!("cut {cut}, {lost} writes lost, {acknowledged:?}, {blobs} blobs: all there"),
+            begin,
+        );
     }
     copy(&before, &disk)?;
-    let lost = log.replay(&disk, FORGOTTEN, &mut || false)?;
-    let found = label_at_prompt(field);
+    let lost = log.replay(&disk, log.len(), FORGOTTEN, &mut || false)?;
+    let now = start_and_ask(field);
     field.guests[index].kill();
-    field.remark(format!("a disk that lies: {lost} writes lost, label {found:?}"));
-    ensure!(found.is_none_or(|found| found < acknowledged), "losing {FORGOTTEN} flushes must be noticed");
+    let is_kept = now.as_ref().is_ok_and(|now| has_all(kept, *now));
+    field.remark(format!(
+        "a disk that lies, {lost} writes lost: {}",
+        match now {
+            Ok(now) => format!("{now:?} is there"),
+            Err(error) => format!("{error:#}"),
+        }
+    ));
+    ensure!(!is_kept, "losing {FORGOTTEN} flushes must be noticed");
     Ok(())
+}
+
+/// Of a run that went on: what came after the moment of the cut may have been written as well.
+fn has_all(kept: Kept, found: Kept) -> bool {
+    found.label >= kept.label && found.deploy >= kept.deploy && found.image >= kept.image
 }

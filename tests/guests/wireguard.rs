@@ -55,9 +55,8 @@ struct Talk {
 
 impl Talk {
     fn begin(field: &Field, address: &str) -> Result<Talk> {
-        let mut command = field.laptop_command(&["exec", "-i", "talk/client", "--"]);
-        command.args(["/bin/busybox", "nc", address, "9100"]);
-        let mut exec = field.inside(command.stdin(Stdio::piped()).stdout(Stdio::piped()))?;
+        let words = ["exec", "-i", "talk/client", "--", "/bin/busybox", "nc", address, "9100"];
+        let mut exec = field.laptop_spoken_to(&words, Stdio::piped())?;
         let mut to = exec.stdin.take().context("standard input is a pipe")?;
         let mut from = exec.stdout.take().context("standard output is a pipe")?;
         let (is_over, longest_us) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));

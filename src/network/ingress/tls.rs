@@ -4,6 +4,7 @@
 //! HTTP/1.1 by ALPN. Nobody is asked for a certificate.
 
 use super::routes::Table;
+use crate::certificate::{Validity, validity};
 use futures_rustls::TlsAcceptor;
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject;
@@ -74,7 +75,6 @@ pub struct CertificateAbout {
 /// means). Whether it has ended is the reader's to judge.
 pub fn covers(certificate: &CertifiedKey, host: &str) -> Result<CertificateAbout, CertificateError> {
     let first = certificate.cert.first().ok_or(CertificateError::NoCertificate)?;
-    let (_, parsed) = x509_parser::parse_x509_certificate(first).map_err(|_| CertificateError::Parse)?;
     let leaf = webpki::EndEntityCert::try_from(first).map_err(|_| CertificateError::Parse)?;
     let names: Vec<String> = leaf.valid_dns_names().map(String::from).collect();
     let visited = host.replacen('*', "any", 1);
@@ -83,13 +83,8 @@ pub fn covers(certificate: &CertifiedKey, host: &str) -> Result<CertificateAbout
         let names = if names.is_empty() { "no name".into() } else { names.join(", ") };
         return Err(CertificateError::OtherHost { names });
     }
-    let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
-    let validity = parsed.validity();
-    Ok(CertificateAbout {
-        names,
-        not_before: seconds(validity.not_before),
-        not_after: seconds(validity.not_after),
-    })
+    let Validity { not_before, not_after } = validity(first).ok_or(CertificateError::Parse)?;
+    Ok(CertificateAbout { names, not_before, not_after })
 }
 
 pub struct Resolver {

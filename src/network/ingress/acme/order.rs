@@ -4,6 +4,7 @@ use super::AcmeError;
 use super::account::{AccountKey, base64url};
 use super::messages::{Authorization, Challenge, Order, Problem, Status};
 use super::session::{Reply, Session, parse, unreadable};
+use crate::certificate::{Validity, validity};
 use crate::model::Gather;
 use rcgen::{CertificateParams, KeyPair};
 use rustls::pki_types::CertificateDer;
@@ -78,7 +79,10 @@ pub fn obtain(
     let certificate = order.certificate.ok_or_else(|| unreadable(FETCH)("the order names none"))?;
     let reply = session.post(FETCH, &certificate, None)?;
     let chain_pem = String::from_utf8(reply.body).map_err(unreadable(FETCH))?;
-    let (not_before, not_after) = validity(&chain_pem).map_err(unreadable(FETCH))?;
+    let first = CertificateDer::from_pem_slice(chain_pem.as_bytes());
+    let first = first.map_err(|error| unreadable(FETCH)(error.to_string()))?;
+    let Validity { not_before, not_after } =
+        validity(&first).ok_or_else(|| unreadable(FETCH)("it is no certificate"))?;
     Ok(Issued { chain_pem, key_pem, not_before, not_after })
 }
 
@@ -183,12 +187,4 @@ fn make_request(hosts: &[String]) -> Result<(String, Vec<u8>), AcmeError> {
     let params = CertificateParams::new(hosts).map_err(AcmeError::Csr)?;
     let request = params.serialize_request(&key).map_err(AcmeError::Csr)?;
     Ok((key.serialize_pem(), request.der().to_vec()))
-}
-
-fn validity(chain_pem: &str) -> Result<(u64, u64), Box<dyn std::error::Error + Send + Sync>> {
-    let first = CertificateDer::from_pem_slice(chain_pem.as_bytes()).map_err(|error| error.to_string())?;
-    let (_, certificate) = x509_parser::parse_x509_certificate(&first)?;
-    let validity = certificate.validity();
-    let seconds = |time: x509_parser::time::ASN1Time| u64::try_from(time.timestamp()).unwrap_or(0);
-    Ok((seconds(validity.not_before), seconds(validity.not_after)))
 }

@@ -7,8 +7,8 @@ use crate::network::ingress::tests::kit::{Answer, Client, Site, any_port, read_b
 use crate::network::ingress::{Routes, certificate_from_pem};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use rcgen::{CertificateParams, CertificateSigningRequestParams, Issuer, KeyPair};
-use ring::signature::{ECDSA_P256_SHA256_FIXED, UnparsedPublicKey};
+use rcgen::{CertificateParams, Issuer, KeyPair, PKCS_ECDSA_P256_SHA256, PublicKeyData, SignatureAlgorithm};
+use ring::signature::{ECDSA_P256_SHA256_ASN1, ECDSA_P256_SHA256_FIXED, UnparsedPublicKey};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufReader, Write};
@@ -273,22 +273,66 @@ impl Authority {
 
     fn issue(&self, csr: &str) {
         let der = URL_SAFE_NO_PAD.decode(csr).unwrap();
-        let request = CertificateSigningRequestParams::from_der(&der.as_slice().into()).unwrap();
-        let named: Vec<String> = request
-            .params
-            .subject_alt_names
-            .iter()
-            .map(|name| match name {
-                rcgen::SanType::DnsName(name) => name.to_string(),
-                other => panic!("{other:?}"),
-            })
-            .collect();
-        let certificate = request.signed_by(&self.issuer).unwrap();
+        let (key, named) = asked_for(&der).unwrap();
+        let params = CertificateParams::new(named.clone()).unwrap();
+        let certificate = params.signed_by(&key, &self.issuer).unwrap();
         let mut book = self.book.lock().unwrap();
         assert_eq!(named, book.hosts);
         book.looks = 0;
         book.certificate = Some(certificate.pem());
     }
+}
+
+/// One DER element: its tag, its content, and what follows it.
+fn element(der: &[u8]) -> Option<(u8, &[u8], &[u8])> {
+    let (&[tag, first], mut rest) = der.split_first_chunk::<2>()?;
+    let mut length = usize::from(first);
+    if first >= 0x80 {
+        let (number, behind) = rest.split_at_checked(usize::from(first & 0x7f))?;
+        length = number.iter().fold(0, |length, byte| length << 8 | usize::from(*byte));
+        rest = behind;
+    }
+    let (content, rest) = rest.split_at_checked(length)?;
+    Some((tag, content, rest))
+}
+
+/// A point on P-256, as it stands in a request.
+struct AskedKey(Vec<u8>);
+
+impl PublicKeyData for AskedKey {
+    fn der_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    fn algorithm(&self) -> &'static SignatureAlgorithm {
+        &PKCS_ECDSA_P256_SHA256
+    }
+}
+
+/// The key and the hosts of a request (RFC 2986), which its own key has signed.
+fn asked_for(request: &[u8]) -> Option<(AskedKey, Vec<String>)> {
+    let (_, parts, _) = element(request)?;
+    let (_, information, signed) = element(parts)?;
+    let (_, _, after_version) = element(information)?;
+    let (_, _, after_subject) = element(after_version)?;
+    let (_, key, attributes) = element(after_subject)?;
+    // The first byte of a string of bits counts those of its last byte that are none.
+    let key = AskedKey(element(element(key)?.2)?.1[1..].to_vec());
+    let (_, signature, _) = element(element(signed)?.2)?;
+    let verifier = UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, &key.0);
+    verifier.verify(&parts[..parts.len() - signed.len()], &signature[1..]).expect("signed by its own key");
+    // The extension's name, 2.5.29.17, before its value: names in a list in a string of octets.
+    const SUBJECT_ALT_NAME: &[u8] = &[6, 3, 0x55, 0x1d, 0x11];
+    let at = attributes.windows(SUBJECT_ALT_NAME.len()).position(|bytes| bytes == SUBJECT_ALT_NAME)?;
+    let (_, value, _) = element(&attributes[at + SUBJECT_ALT_NAME.len()..])?;
+    let (_, mut names, _) = element(value)?;
+    let mut hosts = Vec::new();
+    while let Some((tag, content, rest)) = element(names) {
+        assert_eq!(tag, 0x82, "a DNS name");
+        hosts.push(String::from_utf8(content.to_vec()).ok()?);
+        names = rest;
+    }
+    Some((key, hosts))
 }
 
 fn problem(status: u16, kind: &str, detail: &str) -> Outcome {
