@@ -128,7 +128,7 @@ impl Artifacts {
             layer_unpacked_bytes_max: LAYER_UNPACKED_BYTES_MAX,
         };
         let store = self.runtime.images();
-        let from_peer = self.from_peers(state, digest, |source| store.fetch(&request, source, &mut tell));
+        let from_peer = self.ask_holders(state, digest, |source| store.fetch(&request, source, &mut tell));
         let peer_error = match from_peer {
             Ok(Some(image)) => return Ok(image),
             Ok(None) => None,
@@ -146,7 +146,7 @@ impl Artifacts {
     }
 
     /// `None` when no other node says that it holds the image.
-    fn from_peers<T>(
+    fn ask_holders<T>(
         &self,
         state: &State,
         digest: &Digest,
@@ -189,8 +189,8 @@ impl Artifacts {
         let digest = images_digest(&artifact.digest);
         let manifests: Vec<images::Digest> = artifact.platforms.values().map(images_digest).collect();
         let (store, name) = (self.runtime.images(), name.map(String::as_str));
-        let kept =
-            self.from_peers(state, &artifact.digest, |source| store.keep(&digest, name, &manifests, source))?;
+        let kept = self
+            .ask_holders(state, &artifact.digest, |source| store.keep(&digest, name, &manifests, source))?;
         kept.ok_or_else(|| no_holder(state, &artifact.digest))
     }
 
