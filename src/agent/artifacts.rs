@@ -7,7 +7,8 @@ use crate::linux::disk::Space;
 use crate::model::*;
 use crate::runtime::Runtime;
 use crate::runtime::images::{
-    self, FetchError, FetchRequest, LAYER_UNPACKED_BYTES_MAX, LayerBlobs, Platform, SourceError, StoreError,
+    self, BlobSource, FetchError, FetchRequest, LAYER_UNPACKED_BYTES_MAX, LayerBlobs, Platform, SourceError,
+    StoreError,
 };
 use crate::runtime::reference::{ImageReference, ReferenceError};
 use crate::runtime::registry::{PullError, PullRequest, RegistryClient, RegistryConfig, TransferError};
@@ -118,54 +119,47 @@ impl Artifacts {
             let (done, all) = (step.bytes >> 20, step.size_bytes.div_ceil(1 << 20));
             progress(format!("pulling {name}: layer {} of {}, {done} of {all} MiB", step.layer, step.layers));
         };
-        let from_peer = self.fetch_from_peers(state, digest, name, must_keep, &mut tell);
+        let (own_digest, platform) = (images_digest(digest), Platform::host());
+        let request = FetchRequest {
+            digest: &own_digest,
+            name: Some(name),
+            platform: &platform,
+            layer_blobs: if must_keep { LayerBlobs::Keep } else { LayerBlobs::Drop },
+            layer_unpacked_bytes_max: LAYER_UNPACKED_BYTES_MAX,
+        };
+        let store = self.runtime.images();
+        let from_peer = self.ask_holders(state, digest, |source| store.fetch(&request, source, &mut tell));
         let peer_error = match from_peer {
             Ok(Some(image)) => return Ok(image),
             Ok(None) => None,
             Err(error) => Some(error),
         };
         if must_keep {
-            let holders = artifact.map(|artifact| holder_names(state, artifact)).unwrap_or_default();
-            return Err(peer_error.unwrap_or(FetchArtifactError::NoHolder { holders, source: None }));
+            return Err(peer_error.unwrap_or_else(|| no_holder(state, digest)));
         }
         let reference = ImageReference::parse(name)?;
         let registry = self.registry(&state.cluster_settings())?;
-        let platform = Platform::host();
         let layer_blobs = LayerBlobs::Drop;
-        let request = PullRequest {
-            image: &reference,
-            digest: &images_digest(digest),
-            platform: &platform,
-            layer_blobs,
-        };
-        Ok(registry.pull(self.runtime.images(), &request, &mut tell)?)
+        let request =
+            PullRequest { image: &reference, digest: &own_digest, platform: &platform, layer_blobs };
+        Ok(registry.pull(store, &request, &mut tell)?)
     }
 
     /// `None` when no other node says that it holds the image.
-    fn fetch_from_peers(
+    fn ask_holders<T>(
         &self,
         state: &State,
         digest: &Digest,
-        name: &str,
-        must_keep: bool,
-        progress: &mut dyn FnMut(images::Progress),
-    ) -> Result<Option<images::Image>, FetchArtifactError> {
-        let holders = self.holders(state, digest);
+        mut fetch: impl FnMut(&mut BlobSource<'_>) -> Result<T, FetchError>,
+    ) -> Result<Option<T>, FetchArtifactError> {
         let mut last = None;
-        for holder in holders {
-            let request = FetchRequest {
-                digest: &images_digest(digest),
-                name: Some(name),
-                platform: &Platform::host(),
-                layer_blobs: if must_keep { LayerBlobs::Keep } else { LayerBlobs::Drop },
-                layer_unpacked_bytes_max: LAYER_UNPACKED_BYTES_MAX,
-            };
+        for holder in self.holders(state, digest) {
             let mut source = |blob: &images::BlobRequest| -> Result<Box<dyn Read>, SourceError> {
                 let digest = Digest::new(&blob.digest.to_string())?;
                 Ok((self.peers)(holder, &digest)?)
             };
-            match self.runtime.images().fetch(&request, &mut source, progress) {
-                Ok(image) => return Ok(Some(image)),
+            match fetch(&mut source) {
+                Ok(fetched) => return Ok(Some(fetched)),
                 Err(error) => last = Some(error),
             }
         }
@@ -180,25 +174,24 @@ impl Artifacts {
         match artifact.kind {
             ArtifactKind::Content => self.content_blob(state, &artifact.digest).map(|_| ()),
             ArtifactKind::RegistryImage => Ok(()),
-            ArtifactKind::LoadedImage => {
-                let name = artifact.names.first().cloned().unwrap_or_default();
-                let image = ImageSpec { reference: name, digest: Some(artifact.digest.clone()) };
-                self.fetch_image(state, &image, &artifact.digest, &mut |_| {}).map(|_| ())
-            }
+            ArtifactKind::LoadedImage => self.keep_image(state, artifact),
         }
     }
 
-    /// Whether all that a peer would need is here.
-    pub fn holds(&self, artifact: &Artifact) -> bool {
-        let digest = images_digest(&artifact.digest);
-        match artifact.kind {
-            ArtifactKind::Content => self.runtime.images().has_blob(&digest),
-            _ => {
-                let store = self.runtime.images();
-                let is_known = matches!(store.image(&digest), Ok(Some(_)));
-                is_known && store.missing_blobs(&digest).is_ok_and(|missing| missing.is_empty())
-            }
+    fn keep_image(&self, state: &State, artifact: &Artifact) -> Result<(), FetchArtifactError> {
+        let name = artifact.names.first();
+        if artifact.runs_on(Architecture::own()) {
+            let reference = name.cloned().unwrap_or_default();
+            let image = ImageSpec { reference, digest: Some(artifact.digest.clone()) };
+            self.fetch_image(state, &image, &artifact.digest, &mut |_| {})?;
         }
+        self.check_space()?;
+        let digest = images_digest(&artifact.digest);
+        let manifests: Vec<images::Digest> = artifact.platforms.values().map(images_digest).collect();
+        let (store, name) = (self.runtime.images(), name.map(String::as_str));
+        let kept = self
+            .ask_holders(state, &artifact.digest, |source| store.keep(&digest, name, &manifests, source))?;
+        kept.ok_or_else(|| no_holder(state, &artifact.digest))
     }
 
     /// The unpacked folder of content, fetched if need be.
@@ -244,9 +237,7 @@ impl Artifacts {
                 Err(error) => last = Some(error),
             }
         }
-        let names =
-            state.artifacts.find(digest).map(|artifact| holder_names(state, artifact)).unwrap_or_default();
-        Err(last.unwrap_or(FetchArtifactError::NoHolder { holders: names, source: None }))
+        Err(last.unwrap_or_else(|| no_holder(state, digest)))
     }
 
     fn holders(&self, state: &State, digest: &Digest) -> Vec<NodeId> {
@@ -287,9 +278,11 @@ pub fn is_keeper(state: &State, artifact: &Artifact, own: NodeId) -> bool {
     holders < 2 && first == Some(&own)
 }
 
-fn holder_names(state: &State, artifact: &Artifact) -> String {
-    let names: Vec<String> = artifact.holders.iter().map(|id| state.node_name(*id)).collect();
-    if names.is_empty() { "no node holds it".into() } else { names.join(", ") }
+fn no_holder(state: &State, digest: &Digest) -> FetchArtifactError {
+    let holders = state.artifacts.find(digest).map(|artifact| &artifact.holders);
+    let names: Vec<String> = holders.into_iter().flatten().map(|id| state.node_name(*id)).collect();
+    let holders = if names.is_empty() { "no node holds it".into() } else { names.join(", ") };
+    FetchArtifactError::NoHolder { holders, source: None }
 }
 
 /// The runtime's own newtype of the same text.

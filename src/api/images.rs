@@ -9,7 +9,7 @@ use super::wire::*;
 use crate::agent::artifacts::images_digest;
 use crate::model::limits::CONTENT_BYTES_MAX;
 use crate::model::*;
-use crate::runtime::images::{Document, Platform};
+use crate::runtime::images::Platform;
 use crate::runtime::reference::ImageReference;
 use crate::state::{Command, Reply as StateReply, State};
 use crate::tasks::Launch;
@@ -85,27 +85,14 @@ fn describe(runtime: &crate::runtime::Runtime, loaded: crate::runtime::images::L
     }
 }
 
-/// The architectures an image has, with the manifest of each.
+/// The architectures an image has here, with the manifest of each.
 fn platforms_of(
     runtime: &crate::runtime::Runtime,
     digest: &crate::runtime::images::Digest,
 ) -> BTreeMap<String, Digest> {
-    let store = runtime.images();
     let own = |digest: &crate::runtime::images::Digest| Digest::new(&digest.to_string()).ok();
-    let Ok(bytes) = store.read_document(digest) else { return BTreeMap::new() };
-    match Document::parse(digest, &bytes) {
-        Ok(Document::Index(index)) => index
-            .manifests
-            .iter()
-            .filter_map(|(platform, blob)| Some((platform_name(platform), own(&blob.digest)?)))
-            .gather(),
-        Ok(Document::Manifest(_)) => {
-            let config = store.image(digest).ok().flatten().and_then(|image| store.config(&image).ok());
-            let name = config.map(|config| platform_name(&config.platform));
-            name.into_iter().filter_map(|name| Some((name, own(digest)?))).gather()
-        }
-        Err(_) => BTreeMap::new(),
-    }
+    let platforms = runtime.images().platforms(digest).unwrap_or_default();
+    platforms.iter().filter_map(|(platform, blob)| Some((platform_name(platform), own(blob)?))).gather()
 }
 
 fn platform_name(platform: &Platform) -> String {
@@ -264,6 +251,7 @@ async fn resolve(
         },
     );
     if let Some(artifact) = loaded {
+        check_platforms(state, reference, artifact)?;
         return Ok((artifact.digest.clone(), None));
     }
     // A registry that is away must not keep what runs from being deployed again.
@@ -275,7 +263,7 @@ async fn resolve(
     let (ground, settings) = (backend.ground.clone(), state.cluster_settings());
     let resolved = crate::tasks::unblock(move || {
         let registry = ground.artifacts.registry(&settings).map_err(|error| ApiError::internal(&error))?;
-        registry.resolve(&parsed, &Platform::host()).map_err(|error| {
+        registry.resolve(&parsed).map_err(|error| {
             ApiError::rejected(crate::agent::chain(&error))
                 .hint("is the name right, and can this node reach the registry? An image file goes in with tinydc image load FILE")
         })
@@ -300,7 +288,17 @@ async fn resolve(
         platforms,
         holders: BTreeSet::new(),
     };
+    check_platforms(state, reference, &artifact)?;
     Ok((digest, Some(artifact)))
+}
+
+/// One node that can run it is enough: this one need not be it.
+fn check_platforms(state: &State, reference: &str, artifact: &Artifact) -> Result<(), ApiError> {
+    if state.nodes.rows().any(|node| artifact.runs_on(node.architecture)) {
+        return Ok(());
+    }
+    let offered = artifact.platform_names();
+    Err(ApiError::rejected(format!("{reference} is built for {offered}, and no node here is such a machine")))
 }
 
 /// Opens a blob for a peer.

@@ -4,7 +4,8 @@
 //!
 //! `tinydc hello --eat MIB` takes that much memory and holds it: for trying limits.
 //!
-//! `GET /` answers who it is, `GET /health` that it is well. Blocking sockets and a few threads: it stays below 1 MiB.
+//! `GET /` answers who it is and what machine it is built for, `GET /health` that it is well. Blocking sockets and a few
+//! threads: it stays below 1 MiB.
 //! SIGTERM ends it at once, because a container's first process gets no default action for signals (pid_namespaces(7)).
 
 use std::collections::BTreeMap;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::model::Architecture;
 use nix::sys::signal::{SigSet, Signal};
 
 const PORT: u16 = 8080;
@@ -98,7 +100,7 @@ fn ask(target: &str, count: &str) -> io::Result<()> {
         stream.write_all(b"GET / HTTP/1.1\r\nhost: hello\r\n\r\n")?;
         let mut answer = String::new();
         stream.take(REQUEST_BYTES_MAX as u64).read_to_string(&mut answer)?;
-        // `hello from web instance web-1 on pi2`
+        // `hello from web instance web-1 on pi2 (arm64)`
         let name = answer.split(" instance ").nth(1).and_then(|rest| rest.split(' ').next());
         *tally.entry(name.unwrap_or("?").to_owned()).or_default() += 1;
     }
@@ -116,7 +118,8 @@ fn greeting() -> String {
     let host = nix::unistd::gethostname().ok().map(|name| name.to_string_lossy().into_owned());
     let service = variable(&["SERVICE_NAME", "NAME", "TINYDC_SERVICE"]);
     let node = variable(&["NODE", "TINYDC_NODE"]);
-    format!("hello from {service} instance {} on {node}\n", host.unwrap_or_else(|| "?".into()))
+    let (host, machine) = (host.unwrap_or_else(|| "?".into()), Architecture::own());
+    format!("hello from {service} instance {host} on {node} ({machine})\n")
 }
 
 /// One request, one answer, and the connection ends.

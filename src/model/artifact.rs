@@ -1,6 +1,7 @@
 //! Images and content: what lies on nodes as blobs and is named by a digest.
 
 use super::ids::NodeId;
+use super::node::Architecture;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -99,4 +100,20 @@ pub struct Artifact {
     pub platforms: BTreeMap<String, Digest>,
     /// Nodes that said they hold all of it.
     pub holders: BTreeSet<NodeId>,
+}
+
+impl Artifact {
+    /// Whether it has what such a machine runs. One that does not say what it is built for is tried everywhere.
+    pub fn runs_on(&self, architecture: Architecture) -> bool {
+        let own = architecture.oci_name();
+        let is_own =
+            |name: &str| name == own || name.strip_prefix(own).is_some_and(|rest| rest.starts_with('/'));
+        self.platforms.is_empty() || self.platforms.keys().any(|name| is_own(name))
+    }
+
+    /// For people: `amd64, arm64/v8`.
+    pub fn platform_names(&self) -> String {
+        let names: Vec<&str> = self.platforms.keys().map(String::as_str).collect();
+        names.join(", ")
+    }
 }

@@ -43,7 +43,7 @@ fn wanted_slots(state: &State, service: &Service) -> BTreeSet<u32> {
     state
         .nodes
         .rows()
-        .filter(|node| !node.is_drained && super::placement::satisfies(node, &service.spec))
+        .filter(|node| !node.is_drained && super::placement::satisfies(state, node, &service.spec))
         .filter(|node| node.condition == Condition::Up || has_instance_on(state, service, node))
         .map(|node| u32::from(node.number))
         .gather()

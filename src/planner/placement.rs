@@ -156,7 +156,7 @@ impl<'a> Ledger<'a> {
         if service.spec.is_global && instance.slot != u32::from(node.number) {
             return Some(Obstacle::Constraint(format!("slot {} is another node's", instance.slot)));
         }
-        if let Some(wanted) = self.foreign_architecture(node, spec) {
+        if let Some(wanted) = foreign_architecture(self.state, node, spec) {
             return Some(Obstacle::Architecture(wanted));
         }
         if let Some(constraint) =
@@ -185,19 +185,6 @@ impl<'a> Ledger<'a> {
         } else {
             None
         }
-    }
-
-    /// The architectures the image has, if this node's is not among them.
-    fn foreign_architecture(&self, node: &Node, spec: &ServiceSpec) -> Option<String> {
-        let artifact = self.state.artifacts.find(spec.image.digest.as_ref()?)?;
-        let own = node.architecture.oci_name();
-        let fits = artifact.platforms.is_empty()
-            || artifact
-                .platforms
-                .keys()
-                .any(|name| name == own || name.strip_prefix(own).is_some_and(|rest| rest.starts_with('/')));
-        let names: Vec<&str> = artifact.platforms.keys().map(String::as_str).collect();
-        (!fits).then(|| names.join(", "))
     }
 
     /// Where its volumes lie, also by what this plan has decided.
@@ -261,8 +248,16 @@ fn is_unsteady(node: &Node, now: Timestamp) -> bool {
     now.since_ms(*last) < minutes * 60_000
 }
 
-pub fn satisfies(node: &Node, spec: &ServiceSpec) -> bool {
-    spec.placement.constraints.iter().all(|constraint| holds(node, constraint))
+/// Whether a global service belongs on a node: its image runs there, and its constraints hold.
+pub fn satisfies(state: &State, node: &Node, spec: &ServiceSpec) -> bool {
+    foreign_architecture(state, node, spec).is_none()
+        && spec.placement.constraints.iter().all(|constraint| holds(node, constraint))
+}
+
+/// The architectures the image has, if this node's is not among them.
+fn foreign_architecture(state: &State, node: &Node, spec: &ServiceSpec) -> Option<String> {
+    let artifact = state.artifacts.find(spec.image.digest.as_ref()?)?;
+    (!artifact.runs_on(node.architecture)).then(|| artifact.platform_names())
 }
 
 fn holds(node: &Node, constraint: &Constraint) -> bool {

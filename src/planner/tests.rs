@@ -235,3 +235,29 @@ fn an_exclusive_instance_is_gone_before_another_one_is_made() {
         assert!(!applier.state.instances.contains(&id) && applier.state.instances.len() == 1);
     }
 }
+
+#[test]
+fn an_image_goes_only_where_it_runs() {
+    let mut applier = Applier::with_nodes(3);
+    let Command::NodeStarted { start_id, size, software, .. } = start(1, 7) else { panic!("a start") };
+    let (node, architecture) = (NodeId(1), Architecture::Amd64);
+    applier.must(Command::NodeStarted { node, start_id, architecture, size, software });
+    let digest = spec("1").image.digest.expect("specs of tests are resolved");
+    let artifact = Artifact {
+        kind: ArtifactKind::LoadedImage,
+        names: ["hello:1".to_owned()].into(),
+        bytes: 1,
+        platforms: [("arm64/v8".to_owned(), digest.clone())].into(),
+        holders: [node].into(),
+        digest,
+    };
+    applier.must(Command::RegisterArtifact { artifact: Box::new(artifact) });
+    let global = ServiceSpec { is_global: true, ..spec("1") };
+    for service in [global, ServiceSpec { replicas: 2, ..spec("1") }] {
+        applier.deploy("shop", &[("web", service)]);
+        settle(&mut applier, Phase::Running);
+        pass(&mut applier, 10);
+        settle(&mut applier, Phase::Running);
+        assert_eq!(by_node(&applier), [(2, 1), (3, 1)].into());
+    }
+}

@@ -17,8 +17,9 @@ use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
 
 use super::images::{
-    BlobKind, BlobRequest, DOCUMENT_BYTES_MAX, Digest, Document, FetchError, FetchRequest, Image, ImageStore,
-    LAYER_UNPACKED_BYTES_MAX, LayerBlobs, ManifestError, Platform, Progress, SourceError, StoreError,
+    BlobKind, BlobRequest, ConfigDocument, DOCUMENT_BYTES_MAX, Digest, Document, FetchError, FetchRequest,
+    Image, ImageStore, LAYER_UNPACKED_BYTES_MAX, LayerBlobs, ManifestError, Platform, Progress, SourceError,
+    StoreError,
 };
 use super::reference::ImageReference;
 
@@ -100,7 +101,7 @@ pub struct Resolved {
     pub image: ImageReference,
     /// Of the index or manifest as served: the same on every node, whatever its architecture.
     pub digest: Digest,
-    /// The architectures that it offers; empty for a single manifest.
+    /// What it is built for.
     pub platforms: Vec<Platform>,
 }
 
@@ -145,25 +146,33 @@ impl RegistryClient {
         Ok(RegistryClient { config, plain, secure, tokens: Mutex::default() })
     }
 
-    /// Asks the registry what `image` means now. Fails when it offers nothing for `platform`. Blocks.
-    pub fn resolve(&self, image: &ImageReference, platform: &Platform) -> Result<Resolved, PullError> {
+    /// Asks the registry what `image` means now. Blocks.
+    pub fn resolve(&self, image: &ImageReference) -> Result<Resolved, PullError> {
         let failed = |source| PullError::Resolve { image: image.clone(), source: Box::new(source) };
         let unusable = |source| PullError::Unusable { image: image.clone(), source: Box::new(source) };
-        let mut bytes = Vec::new();
-        self.open(image, BlobKind::Manifest, &image.identifier())
-            .map_err(failed)?
-            .take(DOCUMENT_BYTES_MAX)
-            .read_to_end(&mut bytes)
-            .map_err(|source| failed(TransferError::Read(source)))?;
+        let read = |kind, identifier: &str| -> Result<Vec<u8>, PullError> {
+            let mut bytes = Vec::new();
+            let reader = self.open(image, kind, identifier).map_err(failed)?;
+            let read = reader.take(DOCUMENT_BYTES_MAX).read_to_end(&mut bytes);
+            read.map_err(|source| failed(TransferError::Read(source)))?;
+            Ok(bytes)
+        };
+        let bytes = read(BlobKind::Manifest, &image.identifier())?;
         let digest = Digest::of(&bytes);
         if image.digest.as_ref().is_some_and(|wanted| *wanted != digest) {
             return Err(PullError::WrongDigest { image: image.clone(), actual: digest });
         }
-        let mut platforms = Vec::new();
-        if let Document::Index(index) = Document::parse(&digest, &bytes).map_err(unusable)? {
-            index.choose(platform).map_err(unusable)?;
-            platforms.extend(index.manifests.into_iter().map(|(platform, _)| platform));
-        }
+        let platforms = match Document::parse(&digest, &bytes).map_err(unusable)? {
+            Document::Index(index) => index.manifests.into_iter().map(|(platform, _)| platform).collect(),
+            Document::Manifest(manifest) => {
+                let config = manifest.config.digest;
+                let bytes = read(BlobKind::Config, &config.to_string())?;
+                if Digest::of(&bytes) != config {
+                    return Err(PullError::WrongDigest { image: image.clone(), actual: Digest::of(&bytes) });
+                }
+                vec![ConfigDocument::parse(&config, &bytes).map_err(unusable)?.platform]
+            }
+        };
         Ok(Resolved { image: image.clone(), digest, platforms })
     }
 

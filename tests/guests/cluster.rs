@@ -102,18 +102,24 @@ pub fn start_founder(field: &mut Field) -> Result<()> {
 
 /// A founder and `count - 1` boards that join by its token; the laptop has its context.
 pub fn form(field: &mut Field, count: u8) -> Result<()> {
+    form_with(field, &vec!["qemu-x86_64"; usize::from(count) - 1])
+}
+
+/// The same, with boards of these kinds beside the founder.
+pub fn form_with(field: &mut Field, boards: &[&'static str]) -> Result<()> {
     let begin = Instant::now();
     add_founder(field)?;
     start_founder(field)?;
-    if count == 1 {
+    if boards.is_empty() {
         return Ok(());
     }
     let token = token_in(&field.guests[0].type_line("pi1", "token")?, "tdc-join-")?;
-    for number in 2..=count {
-        let index = field.add(Setup::new(&format!("name = \"pi{number}\"\njoin = \"{token}\"\n")))?;
+    for (number, board) in (2..).zip(boards) {
+        let settings = format!("name = \"pi{number}\"\njoin = \"{token}\"\n");
+        let index = field.add(Setup { board, ..Setup::new(&settings) })?;
         field.start(index)?;
     }
-    until("all nodes are up", Duration::from_secs(150), || Ok(nodes_up(field)? == usize::from(count)))?;
+    until("all nodes are up", Duration::from_secs(150), || Ok(nodes_up(field)? == boards.len() + 1))?;
     field.note("all boards are members", begin);
     Ok(())
 }

@@ -81,7 +81,9 @@ impl Field {
         command.arg(format!("--dhcp-option=option:dns-server,{a}.{b}.{c}.254"));
         for number in 1..=9 {
             let hardware = crate::guest::hardware(number);
-            command.arg(format!("--dhcp-host={hardware},{a}.{b}.{c}.{}", offset + number));
+            // The second is how QEMU's network chip on USB changes it.
+            let on_usb = hardware.replacen("52", "40", 1);
+            command.arg(format!("--dhcp-host={hardware},{on_usb},{a}.{b}.{c}.{}", offset + number));
         }
         let log = fs::File::create(self.dir.join("dnsmasq.log"))?;
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
@@ -133,11 +135,16 @@ impl Field {
 
     /// The same, not waited for.
     pub fn laptop_begin(&self, words: &[&str]) -> Result<Child> {
+        self.laptop_spoken_to(words, Stdio::null())
+    }
+
+    /// The same with something to read.
+    pub fn laptop_spoken_to(&self, words: &[&str], input: Stdio) -> Result<Child> {
         let home = self.laptop_dir();
         fs::create_dir_all(&home)?;
         let mut command = Command::new(env!("CARGO_BIN_EXE_tinydc"));
         command.args(words).env_clear().env("HOME", &home).env("PATH", "/usr/bin:/bin").current_dir(&home);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdin(input).stdout(Stdio::piped()).stderr(Stdio::piped());
         self.inside(&mut command)
     }
 

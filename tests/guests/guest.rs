@@ -152,50 +152,29 @@ impl Guest {
             whole.extend_from_slice(&self.setup.more_initramfs);
             fs::write(&slot.initramfs, whole)?;
         }
-        let is_arm = self.setup.board.contains("aarch64");
-        let mut command = Command::new(if is_arm { "qemu-system-aarch64" } else { "qemu-system-x86_64" });
-        if is_arm {
-            command.args(["-M", "virt", "-cpu", "cortex-a72"]);
-        } else {
-            command.args(["-M", "q35", "-cpu", "max"]);
-        }
-        command.args([
-            "-accel",
-            "tcg,thread=multi",
-            "-smp",
-            "1",
-            "-display",
-            "none",
-            "-nodefaults",
-            "-no-reboot",
-        ]);
-        command.args(["-m", &self.setup.memory_mib.to_string()]);
+        // The console of a Raspberry Pi is its second serial line.
+        let (mut command, lines, log) = match self.setup.board {
+            "rpi3" => (self.raspberry_pi_3(), ["daemon", "serial"], "ttyAMA0"),
+            board => (self.virtual_machine(board.contains("aarch64")), ["serial", "daemon"], "ttyS1"),
+        };
+        command.args(["-display", "none", "-nodefaults", "-no-reboot"]);
         command.arg("-kernel").arg(&slot.kernel).arg("-initrd").arg(&slot.initramfs);
-        command.args([
-            "-append",
-            &format!("{} tinydc.log=ttyS1 {}", slot.command_line, self.setup.kernel_words),
-        ]);
-        let has_drive = self.setup.machine_words.iter().any(|word| word.contains("node-name=card"));
-        if !has_drive {
-            let drive = format!("file={},if=none,id=card,format=raw,cache=writeback", self.disk.display());
-            command.args(["-drive", &drive]);
+        if let Some(device_tree) = &slot.device_tree {
+            command.arg("-dtb").arg(device_tree);
         }
-        // A request that was merged has one piece more than QEMU's log of writes can take.
-        command.args(["-device", "virtio-blk-pci,drive=card,request-merging=off"]);
+        let words = format!("{} tinydc.log={log} {}", slot.command_line, self.setup.kernel_words);
+        command.args(["-append", &words]);
         command.args(["-netdev", &format!("tap,id=net,ifname=tap{},script=no,downscript=no", self.number)]);
-        command.args([
-            "-device",
-            &format!("virtio-net-pci,netdev=net,id=nic,mac={},romfile=", hardware(self.number)),
-        ]);
-        command.args(["-device", "i6300esb", "-action", "watchdog=reset"]);
         let serial = format!(
             "socket,id=serial,path={},server=on,wait=off,logfile={},logappend=on",
             self.dir.join("serial.sock").display(),
             self.log_path().display()
         );
-        command.args(["-chardev", &serial, "-serial", "chardev:serial"]);
         let daemon = format!("file,id=daemon,path={},append=on", self.dir.join("daemon.log").display());
-        command.args(["-chardev", &daemon, "-serial", "chardev:daemon"]);
+        command.args(["-chardev", &serial, "-chardev", &daemon]);
+        for line in lines {
+            command.args(["-serial", &format!("chardev:{line}")]);
+        }
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", self.dir.join("qmp.sock").display())]);
         command.args(&self.setup.machine_words);
         let log = fs::File::create(self.dir.join("qemu.log"))?;
@@ -215,6 +194,37 @@ impl Guest {
         std::thread::spawn(move || std::io::copy(&mut reader, &mut std::io::sink()));
         self.serial = Some(serial);
         Ok(())
+    }
+
+    /// QEMU's own machines, with virtio.
+    fn virtual_machine(&self, is_arm: bool) -> Command {
+        let mut command = Command::new(if is_arm { "qemu-system-aarch64" } else { "qemu-system-x86_64" });
+        let machine = if is_arm { ["virt", "cortex-a72"] } else { ["q35", "max"] };
+        command.args(["-M", machine[0], "-cpu", machine[1], "-smp", "1", "-accel", "tcg,thread=multi"]);
+        command.args(["-m", &self.setup.memory_mib.to_string()]);
+        let has_drive = self.setup.machine_words.iter().any(|word| word.contains("node-name=card"));
+        if !has_drive {
+            let drive = format!("file={},if=none,id=card,format=raw,cache=writeback", self.disk.display());
+            command.args(["-drive", &drive]);
+        }
+        // A request that was merged has one piece more than QEMU's log of writes can take.
+        command.args(["-device", "virtio-blk-pci,drive=card,request-merging=off"]);
+        let hardware = hardware(self.number);
+        command.args(["-device", &format!("virtio-net-pci,netdev=net,id=nic,mac={hardware},romfile=")]);
+        command.args(["-device", "i6300esb", "-action", "watchdog=reset"]);
+        command
+    }
+
+    /// Its processors and its memory are given; its card has a size that is a power of two. Its own network chip is not
+    /// emulated: another one on the same bus stands for it.
+    fn raspberry_pi_3(&self) -> Command {
+        let mut command = Command::new("qemu-system-aarch64");
+        // Its four processors take turns: those that wait for the first would keep four of ours busy.
+        command.args(["-M", "raspi3b", "-accel", "tcg,thread=single"]);
+        let drive = format!("file={},if=sd,format=raw,cache=writeback", self.disk.display());
+        command.args(["-drive", &drive]);
+        command.args(["-device", &format!("usb-net,netdev=net,id=nic,mac={}", hardware(self.number))]);
+        command
     }
 
     fn type_bytes(&mut self, bytes: &[u8]) -> Result<()> {

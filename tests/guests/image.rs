@@ -1,7 +1,9 @@
 //! What a board's firmware does with an image, for guests: which slot, and its files; and what a person does with the
-//! card in a PC: editing `tinydc.toml`.
+//! card in a PC: editing `tinydc.toml`. Container images of several platforms, too.
 
 use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -63,6 +65,8 @@ pub struct Slot {
     pub kernel: PathBuf,
     pub initramfs: PathBuf,
     pub command_line: String,
+    /// Where the firmware hands one to the kernel.
+    pub device_tree: Option<PathBuf>,
 }
 
 /// As the Raspberry Pi's firmware reads `autoboot.txt`; the word for one try lies in a file where there is no firmware
@@ -85,7 +89,12 @@ pub fn slot_of(disk: &Path, folder: &Path) -> Result<Slot> {
         ensure!(status.success(), "partition {number} has no {name}");
         Ok(to)
     };
+    // Boards without the Raspberry Pi's firmware have none.
+    let config = read_file(disk, number, "config.txt").unwrap_or_default();
+    let mut lines = config.lines().skip_while(|line| line.trim() != "[pi3]").skip(1);
+    let device_tree = lines.find_map(|line| line.trim().strip_prefix("device_tree="));
     Ok(Slot {
+        device_tree: device_tree.map(fetch).transpose()?,
         kernel: fetch("kernel.img")?,
         initramfs: fetch("initramfs.img")?,
         // The Raspberry Pi's firmware tells the kernel by the device tree.
@@ -98,4 +107,66 @@ pub fn wipe_partition(disk: &Path, number: u32) -> Result<()> {
     use std::os::unix::fs::FileExt;
     let (start, _) = partition_span(disk, number)?;
     Ok(File::options().write(true).open(disk)?.write_all_at(&[0; 8192], start)?)
+}
+
+/// An archive of one container image for several platforms, each with its own program as `/tinydc`: an OCI layout as
+/// `docker buildx build --platform … --output type=oci` writes it.
+pub fn multi_platform(name: &str, platforms: &[(&str, PathBuf)]) -> Result<Vec<u8>> {
+    let mut archive = Layout { tar: tar::Builder::new(Vec::new()) };
+    let mut manifests = Vec::new();
+    for (architecture, program) in platforms {
+        let program = fs::read(program).with_context(|| format!("read {}", program.display()))?;
+        let mut layer = tar::Builder::new(Vec::new());
+        layer.append_data(&mut header(0o755, &program), "tinydc", program.as_slice())?;
+        let layer = archive.blob("application/vnd.oci.image.layer.v1.tar", &layer.into_inner()?)?;
+        let config = json!({
+            "architecture": architecture, "os": "linux", "config": { "Entrypoint": ["/tinydc", "hello"] },
+            "rootfs": { "type": "layers", "diff_ids": [layer["digest"]] },
+        });
+        let config = archive.document("application/vnd.oci.image.config.v1+json", &config)?;
+        let kind = "application/vnd.oci.image.manifest.v1+json";
+        let manifest = json!({ "schemaVersion": 2, "mediaType": kind, "config": config, "layers": [layer] });
+        let mut described = archive.document(kind, &manifest)?;
+        described["platform"] = json!({ "architecture": architecture, "os": "linux" });
+        manifests.push(described);
+    }
+    let kind = "application/vnd.oci.image.index.v1+json";
+    let mut top =
+        archive.document(kind, &json!({ "schemaVersion": 2, "mediaType": kind, "manifests": manifests }))?;
+    top["annotations"] = json!({ "io.containerd.image.name": format!("docker.io/library/{name}") });
+    let index = json!({ "schemaVersion": 2, "manifests": [top] });
+    archive.file("index.json", index.to_string().as_bytes())?;
+    Ok(archive.tar.into_inner()?)
+}
+
+/// With every number set: an empty field is no number to a strict reader.
+fn header(mode: u32, content: &[u8]) -> tar::Header {
+    let mut header = tar::Header::new_gnu();
+    header.set_size(content.len() as u64);
+    header.set_mode(mode);
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_mtime(0);
+    header
+}
+
+struct Layout {
+    tar: tar::Builder<Vec<u8>>,
+}
+
+impl Layout {
+    fn file(&mut self, path: &str, bytes: &[u8]) -> Result<()> {
+        Ok(self.tar.append_data(&mut header(0o644, bytes), path, bytes)?)
+    }
+
+    /// Its descriptor.
+    fn blob(&mut self, kind: &str, bytes: &[u8]) -> Result<Value> {
+        let hex: String = Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+        self.file(&format!("blobs/sha256/{hex}"), bytes)?;
+        Ok(json!({ "mediaType": kind, "digest": format!("sha256:{hex}"), "size": bytes.len() }))
+    }
+
+    fn document(&mut self, kind: &str, document: &Value) -> Result<Value> {
+        self.blob(kind, document.to_string().as_bytes())
+    }
 }

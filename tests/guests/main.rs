@@ -12,10 +12,12 @@ mod field;
 mod guest;
 mod image;
 mod losses;
+mod mixed;
 mod network;
 mod power;
 mod readme;
 mod slots;
+mod wireguard;
 
 use anyhow::{Result, anyhow};
 use field::Field;
@@ -36,7 +38,15 @@ pub struct Case {
 }
 
 /// The longest first: they run beside each other.
-const CASES: &[&[Case]] = &[power::CASES, slots::CASES, cluster::CASES, network::CASES, boot::CASES];
+const CASES: &[&[Case]] = &[
+    power::CASES,
+    slots::CASES,
+    mixed::CASES,
+    cluster::CASES,
+    wireguard::CASES,
+    network::CASES,
+    boot::CASES,
+];
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();

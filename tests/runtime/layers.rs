@@ -382,7 +382,7 @@ fn an_image_travels_through_skopeo_a_registry_and_an_oci_archive() {
 
     let client = RegistryClient::new(RegistryConfig::default()).unwrap();
     let (image, platform) = (ImageReference::parse(&name).unwrap(), Platform::host());
-    let resolved = client.resolve(&image, &platform).unwrap();
+    let resolved = client.resolve(&image).unwrap();
     let request = PullRequest {
         image: &image,
         digest: &resolved.digest,
@@ -397,7 +397,7 @@ fn an_image_travels_through_skopeo_a_registry_and_an_oci_archive() {
     assert_eq!((node.end(&id).code, node.lines(&id)), (0, vec!["pulled".to_owned()]));
 
     let missing = ImageReference::parse(&name.replace("app:1", "nothing:1")).unwrap();
-    let error = format!("{:?}", client.resolve(&missing, &platform).unwrap_err());
+    let error = format!("{:?}", client.resolve(&missing).unwrap_err());
     assert!(error.contains("NotFound"), "{error}");
 
     skopeo(&[
@@ -419,4 +419,106 @@ fn an_image_for_other_machines_is_kept_for_them() {
     assert!(node.runtime.images().missing_blobs(&loaded[0].digest).unwrap().is_empty());
     let image = node.runtime.images().image(&loaded[0].digest).unwrap().unwrap();
     assert_eq!((image.manifest, image.layers.len()), (None, 0));
+}
+
+/// An OCI layout of one image for two platforms. Some tools name an index in `index.json`, others write it there.
+fn two_platforms(is_flat: bool, left_out: Option<&str>) -> Vec<u8> {
+    let mut blobs: Vec<(String, Vec<u8>)> = Vec::new();
+    let mut add = |bytes: Vec<u8>| -> serde_json::Value {
+        let digest = Digest::of(&bytes);
+        let described = serde_json::json!({ "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "digest": digest.to_string(), "size": bytes.len() });
+        blobs.push((format!("blobs/sha256/{}", digest.hex()), bytes));
+        described
+    };
+    let mut manifests = Vec::new();
+    for architecture in [Platform::host().architecture.as_str(), "riscv64"] {
+        let layer = layer(|tar| add_file(tar, "machine", architecture.as_bytes(), 0o644));
+        let diff_id = Digest::of(&layer).to_string();
+        let config = serde_json::json!({ "architecture": architecture, "os": "linux", "config": {},
+            "rootfs": { "type": "layers", "diff_ids": [diff_id] } });
+        let (config, layer) = (add(config.to_string().into_bytes()), add(layer));
+        let manifest = serde_json::json!({ "schemaVersion": 2, "config": config, "layers": [layer] });
+        let mut described = match left_out == Some(architecture) {
+            // Named, but not in the archive.
+            true => config,
+            false => add(manifest.to_string().into_bytes()),
+        };
+        if left_out == Some(architecture) {
+            described["digest"] = Digest::of(b"somewhere else").to_string().into();
+        }
+        described["platform"] = serde_json::json!({ "architecture": architecture, "os": "linux" });
+        if is_flat {
+            described["annotations"] = serde_json::json!({ "org.opencontainers.image.ref.name": "both:1" });
+        }
+        manifests.push(described);
+    }
+    let index = serde_json::json!({ "schemaVersion": 2, "manifests": manifests }).to_string().into_bytes();
+    let top = match is_flat {
+        true => index,
+        false => {
+            let mut named = add(index);
+            named["annotations"] = serde_json::json!({ "io.containerd.image.name": "both:1" });
+            serde_json::json!({ "schemaVersion": 2, "manifests": [named] }).to_string().into_bytes()
+        }
+    };
+    layer(|tar| {
+        blobs.iter().for_each(|(path, bytes)| add_file(tar, path, bytes, 0o644));
+        add_file(tar, "index.json", &top, 0o644);
+    })
+}
+
+#[test]
+fn an_image_for_two_platforms_is_one_image_and_handed_on_for_both() {
+    let foreign = Platform { architecture: "riscv64".into(), variant: None };
+    for is_flat in [false, true] {
+        let [one, two, three] = ["both1", "both2", "both3"].map(Node::new);
+        let loaded = one.load(&two_platforms(is_flat, None)).unwrap();
+        assert_eq!(
+            (loaded.len(), loaded[0].names.clone()),
+            (1, vec!["both:1".to_owned()]),
+            "flat: {is_flat}"
+        );
+        assert!(loaded[0].is_runnable_here);
+        let digest = &loaded[0].digest;
+        let platforms = one.runtime.images().platforms(digest).unwrap();
+        assert_eq!(platforms.len(), 2, "{platforms:?}");
+
+        // The second keeps it for others, the third is such another and asks only the second.
+        let from = |node: &Node| {
+            let folder = node.config.data_dir.join("blobs/sha256");
+            move |blob: &BlobRequest| -> Result<Box<dyn Read>, SourceError> {
+                Ok(Box::new(std::fs::File::open(folder.join(blob.digest.hex()))?))
+            }
+        };
+        let manifests: Vec<Digest> = platforms.iter().map(|(_, manifest)| manifest.clone()).collect();
+        two.runtime.images().keep(digest, Some("both:1"), &manifests, &mut from(&one)).unwrap();
+        assert_eq!(two.runtime.images().platforms(digest).unwrap(), platforms);
+        let kept = two.runtime.collect_garbage(&BTreeSet::from([digest.clone()])).unwrap();
+        assert_eq!(kept, Default::default(), "what is kept for others stays");
+        let request = FetchRequest {
+            digest,
+            name: Some("both:1"),
+            platform: &foreign,
+            layer_blobs: LayerBlobs::Drop,
+            layer_unpacked_bytes_max: LAYER_UNPACKED_BYTES_MAX,
+        };
+        let images = three.runtime.images();
+        let image = images.fetch(&request, &mut from(&two), &mut |_| {}).unwrap();
+        let machine = std::fs::read_to_string(images.layer_path(&image.layers[0]).join("machine")).unwrap();
+        assert_eq!(machine, "riscv64");
+    }
+}
+
+#[test]
+fn an_image_has_only_the_platforms_whose_parts_the_archive_holds() {
+    let own = Platform::host().architecture;
+    for (left_out, rest, runs_here) in [("riscv64", own.as_str(), true), (own.as_str(), "riscv64", false)] {
+        let node = Node::new("parts");
+        let loaded = node.load(&two_platforms(false, Some(left_out))).unwrap();
+        assert_eq!(loaded[0].is_runnable_here, runs_here);
+        let platforms = node.runtime.images().platforms(&loaded[0].digest).unwrap();
+        assert_eq!(platforms.len(), 1, "{platforms:?}");
+        assert_eq!(platforms[0].0.architecture, rest);
+    }
 }

@@ -147,16 +147,40 @@ impl ImageStore {
         Ok(self.record(image)?)
     }
 
+    /// Brings the blobs of these manifests of an image, to hand them on: nothing is unpacked. Blocks.
+    pub fn keep(
+        &self,
+        digest: &Digest,
+        name: Option<&str>,
+        manifests: &[Digest],
+        source: &mut BlobSource<'_>,
+    ) -> Result<(), FetchError> {
+        let mut held = self.hold_image(digest);
+        self.document(&manifest_request(digest, None), source)?;
+        for manifest in manifests {
+            held.push(self.hold(self.blob_path(manifest)));
+            let bytes = self.document(&manifest_request(manifest, None), source)?;
+            let Document::Manifest(manifest) = Document::parse(manifest, &bytes)? else {
+                return Err(FetchError::NestedIndex(manifest.clone()));
+            };
+            let blobs = manifest.layers.iter().map(|layer| (BlobKind::Layer, layer));
+            for (kind, blob) in blobs.chain([(BlobKind::Config, &manifest.config)]) {
+                held.push(self.hold(self.blob_path(&blob.digest)));
+                if !self.has_blob(&blob.digest) {
+                    self.write_blob(blob, open(kind, blob, source)?)?;
+                }
+            }
+        }
+        let (digest, names) = (digest.clone(), name.map(str::to_owned).into_iter().gather());
+        self.record(Image { digest, names, manifest: None, layers: Vec::new(), size_bytes: 0 })?;
+        Ok(())
+    }
+
     fn platform_manifest(
         &self,
         request: &FetchRequest<'_>,
         source: &mut BlobSource<'_>,
     ) -> Result<Manifest, FetchError> {
-        let manifest_request = |digest: &Digest, size_bytes| BlobRequest {
-            digest: digest.clone(),
-            kind: BlobKind::Manifest,
-            size_bytes,
-        };
         let bytes = self.document(&manifest_request(request.digest, None), source)?;
         let index = match Document::parse(request.digest, &bytes)? {
             Document::Manifest(manifest) => return Ok(manifest),
@@ -201,15 +225,7 @@ impl ImageStore {
         source: &mut BlobSource<'_>,
         progress: &mut dyn FnMut(u64),
     ) -> Result<(), FetchError> {
-        let open = |source: &mut BlobSource<'_>| {
-            let digest = layer.digest.clone();
-            let blob = BlobRequest { digest, kind: BlobKind::Layer, size_bytes: Some(layer.size_bytes) };
-            source(&blob).map_err(|source| FetchError::Source {
-                what: BlobKind::Layer,
-                digest: layer.digest.clone(),
-                source,
-            })
-        };
+        let open = |source: &mut BlobSource<'_>| open(BlobKind::Layer, layer, source);
         let wants_blob = request.layer_blobs == LayerBlobs::Keep && !self.has_blob(&layer.digest);
         let path = self.layer_path(diff_id);
         let Some(_claim) = self.claim(&path) else {
@@ -238,6 +254,16 @@ impl ImageStore {
         )?;
         Ok(folder.publish(&path)?)
     }
+}
+
+fn manifest_request(digest: &Digest, size_bytes: Option<u64>) -> BlobRequest {
+    BlobRequest { digest: digest.clone(), kind: BlobKind::Manifest, size_bytes }
+}
+
+fn open(kind: BlobKind, blob: &BlobRef, source: &mut BlobSource<'_>) -> Result<Box<dyn Read>, FetchError> {
+    let digest = blob.digest.clone();
+    source(&BlobRequest { digest: digest.clone(), kind, size_bytes: Some(blob.size_bytes) })
+        .map_err(|source| FetchError::Source { what: kind, digest, source })
 }
 
 /// Unpacks one layer and checks both of its digests.

@@ -14,7 +14,7 @@ use serde_json::json;
 
 use super::decompress::decompress;
 use super::digest::{Digest, HashingReader};
-use super::fetch::{FetchError, FetchRequest, LAYER_UNPACKED_BYTES_MAX, LayerBlobs, no_source};
+use super::fetch::{BlobKind, FetchError, FetchRequest, LAYER_UNPACKED_BYTES_MAX, LayerBlobs, no_source};
 use super::manifest::{BlobRef, DOCUMENT_BYTES_MAX, LAYER_BYTES_MAX, ManifestError, Platform};
 use super::store::{CopyError, Hold, Image, ImageStore, StoreError, copy_flushing, failed};
 
@@ -84,6 +84,8 @@ struct LayoutEntry {
     digest: String,
     #[serde(default)]
     annotations: BTreeMap<String, String>,
+    #[serde(default)]
+    platform: Option<serde::de::IgnoredAny>,
 }
 
 #[derive(Deserialize)]
@@ -100,7 +102,7 @@ impl ImageStore {
     pub fn load(&self, archive: impl Read, platform: &Platform) -> Result<Vec<Loaded>, LoadError> {
         let contents = self.read_archive(archive)?;
         let tops = match (&contents.index, &contents.docker_manifest) {
-            (Some(index), docker) => layout_images(index, docker.as_deref())?,
+            (Some(index), docker) => self.layout_images(index, docker.as_deref())?,
             (None, Some(docker)) => self.docker_images(docker, &contents)?,
             (None, None) => return Err(LoadError::NotAnImage),
         };
@@ -209,6 +211,23 @@ impl ImageStore {
         Ok(images)
     }
 
+    /// Some tools write the index of an image of several platforms as the layout's own, instead of a blob that it names.
+    fn layout_images(
+        &self,
+        index: &[u8],
+        docker: Option<&[u8]>,
+    ) -> Result<Vec<(Digest, Vec<String>)>, LoadError> {
+        let LayoutIndex { mut manifests } = parse("index.json", index)?;
+        let name = manifests.first().and_then(LayoutEntry::name);
+        let is_part = |entry: &LayoutEntry| entry.platform.is_some() && entry.name() == name;
+        if manifests.len() > 1 && manifests.iter().all(is_part) {
+            let blob = self.write_document(index)?;
+            manifests.truncate(1);
+            manifests[0].digest = blob.digest.to_string();
+        }
+        named_images(manifests, docker)
+    }
+
     fn layer_media_type(&self, digest: &Digest) -> Result<&'static str, LoadError> {
         let mut start = Vec::new();
         let file = self.open_blob(digest)?;
@@ -236,10 +255,10 @@ impl ImageStore {
                 image.names.extend(names.iter().cloned());
                 self.record(image)?;
             }
-            Err(FetchError::Manifest(ManifestError::NoPlatform { .. })) => {
+            Err(error) if is_for_others(&error) => {
                 is_runnable_here = false;
-                if let Some(missing) = self.missing_blobs(&digest)?.into_iter().next() {
-                    return Err(LoadError::MissingFile(missing.to_string()));
+                if self.platforms(&digest)?.is_empty() {
+                    return Err(LoadError::Image { digest, source: error });
                 }
                 let names = names.iter().cloned().gather();
                 let (digest, layers) = (digest.clone(), Vec::new());
@@ -248,6 +267,13 @@ impl ImageStore {
             Err(source) => return Err(LoadError::Image { digest, source }),
         }
         Ok(Loaded { digest, names, is_runnable_here })
+    }
+}
+
+impl LayoutEntry {
+    fn name(&self) -> Option<String> {
+        let full = self.annotations.get("io.containerd.image.name");
+        full.or_else(|| self.annotations.get("org.opencontainers.image.ref.name")).cloned()
     }
 }
 
@@ -268,15 +294,25 @@ impl Contents<'_> {
     }
 }
 
+/// Built for other platforms, or for this one too but without its part in the archive.
+fn is_for_others(error: &FetchError) -> bool {
+    matches!(
+        error,
+        FetchError::Manifest(ManifestError::NoPlatform { .. })
+            | FetchError::Source { what: BlobKind::Manifest, .. }
+    )
+}
+
 /// The images of an OCI layout. Docker writes the full name into an annotation of its own.
-fn layout_images(index: &[u8], docker: Option<&[u8]>) -> Result<Vec<(Digest, Vec<String>)>, LoadError> {
-    let index: LayoutIndex = parse("index.json", index)?;
+fn named_images(
+    entries: Vec<LayoutEntry>,
+    docker: Option<&[u8]>,
+) -> Result<Vec<(Digest, Vec<String>)>, LoadError> {
     let mut images: Vec<(Digest, Vec<String>)> = Vec::new();
-    for entry in index.manifests {
+    for entry in entries {
         let digest =
             Digest::parse(&entry.digest).map_err(|source| LoadError::BadDigest("index.json", source))?;
-        let full = entry.annotations.get("io.containerd.image.name");
-        let name = full.or_else(|| entry.annotations.get("org.opencontainers.image.ref.name")).cloned();
+        let name = entry.name();
         match images.iter_mut().find(|(known, _)| *known == digest) {
             Some((_, names)) => names.extend(name),
             None => images.push((digest, name.into_iter().collect())),

@@ -22,7 +22,9 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 
 use super::digest::{Digest, HashingReader};
-use super::manifest::{BlobRef, ConfigDocument, DOCUMENT_BYTES_MAX, Document, ManifestError};
+use super::manifest::{
+    BlobRef, ConfigDocument, DOCUMENT_BYTES_MAX, Document, Manifest, ManifestError, Platform,
+};
 use super::tree;
 
 /// Data is flushed in steps, so that no other file's fdatasync waits for a whole blob.
@@ -223,6 +225,10 @@ impl ImageStore {
         let _lock = self.lock();
         if let Ok(Some(old)) = self.image(&image.digest) {
             image.names.extend(old.names);
+            // Kept for others a second time: what is unpacked here stays so.
+            if image.manifest.is_none() {
+                (image.manifest, image.layers, image.size_bytes) = (old.manifest, old.layers, old.size_bytes);
+            }
         }
         let mut temporary = self.temporary_file()?;
         let bytes = serde_json::to_vec(&image).map_err(|_| StoreError::BadRecord(image.digest.clone()))?;
@@ -252,6 +258,27 @@ impl ImageStore {
             }
         }
         Ok(missing)
+    }
+
+    /// What the image can run on, of that of which everything is here, with the manifest of each. An index may name more
+    /// than an archive holds: `docker save` writes only what was pulled.
+    pub fn platforms(&self, digest: &Digest) -> Result<Vec<(Platform, Digest)>, StoreError> {
+        let named = match Document::parse(digest, &self.read_document(digest)?)? {
+            Document::Index(index) => {
+                index.manifests.into_iter().map(|(platform, blob)| (platform, blob.digest)).collect()
+            }
+            Document::Manifest(Manifest { digest, config, .. }) => {
+                let document = self.read_document(&config.digest)?;
+                vec![(ConfigDocument::parse(&config.digest, &document)?.platform, digest)]
+            }
+        };
+        let mut whole: Vec<(Platform, Digest)> = Vec::new();
+        for (platform, manifest) in named {
+            if self.missing_blobs(&manifest)?.is_empty() {
+                whole.push((platform, manifest));
+            }
+        }
+        Ok(whole)
     }
 
     /// Every blob that an image needs, as far as its documents are here; the image's own digest first.
