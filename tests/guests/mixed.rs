@@ -27,7 +27,7 @@ services:
 
 fn arm_binary() -> PathBuf {
     std::env::var_os("TINYDC_GUEST_BINARY_ARM")
-        .map_or("target/cross/build/aarch64-unknown-linux-musl/guest/tinydc".into(), PathBuf::from)
+        .map_or("target/cross/build/aarch64-unknown-linux-musl/dist/tinydc".into(), PathBuf::from)
 }
 
 fn load(field: &Field, name: &str, platforms: &[(&str, PathBuf)]) -> Result<()> {
