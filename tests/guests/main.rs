@@ -8,6 +8,7 @@
 
 mod boot;
 mod cluster;
+mod disks;
 mod field;
 mod guest;
 mod image;
@@ -28,7 +29,8 @@ pub struct Case {
     pub run: fn(&mut Field) -> Result<()>,
 }
 
-const CASES: &[&[Case]] = &[boot::CASES, cluster::CASES, network::CASES, power::CASES, slots::CASES];
+const CASES: &[&[Case]] =
+    &[boot::CASES, cluster::CASES, disks::CASES, network::CASES, power::CASES, slots::CASES];
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with("--")).collect();
