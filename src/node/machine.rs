@@ -70,16 +70,11 @@ pub struct Gauge {
     last: Mutex<Option<(Instant, Figures)>>,
     holdable: Arc<AtomicU16>,
     health: Arc<HealthWatch>,
-    disks: Arc<Disks>,
+    disks: Disks,
 }
 
 impl Gauge {
-    pub fn new(
-        data_dir: PathBuf,
-        holdable: Arc<AtomicU16>,
-        health: Arc<HealthWatch>,
-        disks: Arc<Disks>,
-    ) -> Gauge {
+    pub fn new(data_dir: PathBuf, holdable: Arc<AtomicU16>, health: Arc<HealthWatch>, disks: Disks) -> Gauge {
         Gauge { data_dir, last: Mutex::new(None), holdable, health, disks }
     }
 

@@ -64,7 +64,6 @@ struct Run<'a> {
     tasks: Vec<Task<()>>,
     holdable: Arc<AtomicU16>,
     health: Arc<HealthWatch>,
-    disks: Arc<Disks>,
     ended: async_channel::Receiver<Ended>,
     end: async_channel::Sender<Ended>,
 }
@@ -159,8 +158,7 @@ impl<'a> Run<'a> {
             Carrier { transport: transport.clone(), executor: executor.clone(), late: late.clone(), halt };
         let holdable = Arc::new(AtomicU16::new(0));
         let health = HealthWatch::start(&data_dir);
-        let disks = Arc::new(Disks::new(config.disks.clone()));
-        let replica = start_replica(&data_dir, (node, start_id), carrier, (&holdable, &health, &disks))?;
+        let replica = start_replica(config, (node, start_id), carrier, (&holdable, &health))?;
         // Before anyone is greeted: a greeting without the log's end would look like an old backup.
         if let Some(status) = async_io::block_on(replica.handle().status()) {
             transport.set_position(status.term, status.last_index);
@@ -198,7 +196,6 @@ impl<'a> Run<'a> {
             tasks,
             holdable,
             health,
-            disks,
             ended,
             end,
         })
@@ -372,7 +369,7 @@ impl<'a> Run<'a> {
         let backend = self.late.backend.clone();
         let open = Box::new(move |sealed: &_| open_sealed(backend.get(), sealed));
         let secrets = Arc::new(Secrets::new(self.node, &self.config.run_dir(), open));
-        let disks = self.disks.clone();
+        let disks = Arc::new(Disks::new(self.config.disks.clone()));
         Ok(Ground { runtime, network, artifacts, data_dir, lease: Arc::default(), secrets, disks })
     }
 
@@ -463,14 +460,16 @@ fn transport_config(
 }
 
 fn start_replica(
-    data_dir: &std::path::Path,
+    node_config: &Config,
     (node, start_id): (NodeId, StartId),
     carrier: Carrier,
-    (holdable, health, disks): (&Arc<AtomicU16>, &Arc<HealthWatch>, &Arc<Disks>),
+    (holdable, health): (&Arc<AtomicU16>, &Arc<HealthWatch>),
 ) -> Result<Replica> {
-    let store = SqliteStore::open(data_dir)?;
-    let gauge = machine::Gauge::new(data_dir.into(), holdable.clone(), health.clone(), disks.clone());
-    let is_founding = founding::pending_founding(data_dir).is_some();
+    let data_dir = node_config.data_dir();
+    let store = SqliteStore::open(&data_dir)?;
+    let is_founding = founding::pending_founding(&data_dir).is_some();
+    let disks = Disks::new(node_config.disks.clone());
+    let gauge = machine::Gauge::new(data_dir, holdable.clone(), health.clone(), disks);
     let config = ReplicaConfig {
         control: ControlConfig { node, start_id, seed: start_id.0 as u64 },
         figures: Box::new(move || gauge.read()),
