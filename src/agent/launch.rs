@@ -4,6 +4,7 @@
 //! that names the step. What was fetched stays; what was half made is made anew at the next try.
 
 use super::artifacts::{Artifacts, FetchArtifactError};
+use super::disks::Disks;
 use super::lease::Lease;
 use super::secrets::{SecretError, Secrets};
 use crate::model::*;
@@ -63,6 +64,8 @@ pub enum LaunchError {
     Gone,
     #[error("{0}")]
     DiskFull(String),
+    #[error("{0}")]
+    DiskAbsent(String),
     #[error("exclusive, and no leader confirms that this node is the one to run it")]
     NoLease,
 }
@@ -76,6 +79,7 @@ pub struct Ground {
     pub data_dir: PathBuf,
     pub lease: Arc<Lease>,
     pub secrets: Arc<Secrets>,
+    pub disks: Arc<Disks>,
 }
 
 /// The container's name on its node.
@@ -126,6 +130,10 @@ impl Ground {
             progress("starting".into());
             let spec = service.spec_of(instance.spec_version);
             self.secrets.place(state, container.as_str(), &spec.secrets)?;
+            let name = instance.node.map(|node| state.node_name(node)).unwrap_or_default();
+            if let Some(why) = self.disks.lack(spec, self.disks.absent(), &name) {
+                return Err(LaunchError::DiskAbsent(why));
+            }
             let lease = match spec.is_exclusive {
                 true => Some(self.lease.for_start().ok_or(LaunchError::NoLease)?),
                 false => None,

@@ -3,8 +3,8 @@
 //! Input: the state, for signals and graces. Output: stopped containers, whose end nobody reports: the next start finds
 //! them ended and starts anew what is still wanted here. The agent must have been stopped before.
 
+use super::ends::{image_stop_signal, stop_of};
 use super::launch::{Ground, container_id, instance_of};
-use super::worker::{image_stop_signal, stop_of};
 use crate::runtime::ContainerState;
 use crate::state::State;
 use crate::tasks::Launch;

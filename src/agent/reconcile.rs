@@ -35,6 +35,8 @@ pub struct Local {
     pub failures: u32,
     /// The agent itself is ending it, for this reason.
     pub stopped_because: Option<String>,
+    /// A disk that its service binds is not there, in a sentence: it must not run.
+    pub lacks_disk: Option<String>,
     /// A removal was begun because the state asks for it.
     pub is_gone: bool,
 }
@@ -99,7 +101,8 @@ pub fn reconcile(
 
 fn next(situation: &Situation<'_>, instance: &Instance, local: &Local) -> Option<Action> {
     match (instance.desired, local.presence) {
-        (Desired::Run, Presence::Running) => None,
+        (Desired::Run, Presence::Running) => local.lacks_disk.is_some().then_some(Action::Stop),
+        (Desired::Run, _) if local.lacks_disk.is_some() => None,
         (Desired::Run, Presence::Absent | Presence::Stopped) => {
             let service = situation.state.services.find(&instance.service)?;
             let is_held = !situation.has_lease && service.spec_of(instance.spec_version).is_exclusive;
@@ -132,6 +135,11 @@ pub fn finding(instance: &Instance, local: &Local, now: Mono) -> Option<Finding>
     let exit = local.restarts.last_exit.clone();
     if let Some(phase) = local.restarts.ended {
         return Some(Finding { phase, exit, is_gone: false });
+    }
+    // It waits where its data is, as on a node that is down.
+    let waits = local.lacks_disk.is_some() && local.presence != Presence::Running;
+    if waits && !instance.observed.phase.is_final() {
+        return (!local.is_busy).then(|| plain(Phase::Lost));
     }
     if local.restarts.is_failing {
         return Some(Finding { phase: Phase::Failing, exit, is_gone: false });
@@ -196,6 +204,35 @@ mod tests {
         let service = applier.state.services.rows().next().unwrap().id;
         applier.state.services.update(&service, |service| service.spec.is_exclusive = true);
         assert!(!launches(&applier.state, false) && launches(&applier.state, true));
+    }
+
+    #[test]
+    fn what_lacks_its_disk_is_stopped_and_waits_and_nothing_else() {
+        let (mut applier, id) = one_instance();
+        let local = |presence, why: Option<&str>| Local {
+            presence,
+            lacks_disk: why.map(String::from),
+            ..Local::default()
+        };
+        let act = |state: &State, may_start, local: &Local| {
+            reconcile(&situation(state, may_start), &[(id, local.clone())].into())
+        };
+        let (running, stopped) =
+            (local(Presence::Running, Some("gone")), local(Presence::Stopped, Some("gone")));
+        // Also before the state has caught up: its disk is gone whatever the cluster has decided.
+        assert_eq!(act(&applier.state, false, &running), [(id, Action::Stop)]);
+        assert_eq!(act(&applier.state, true, &stopped), []);
+        assert_eq!(act(&applier.state, true, &local(Presence::Absent, Some("gone"))), []);
+        assert_eq!(act(&applier.state, true, &local(Presence::Running, None)), []);
+        assert_eq!(act(&applier.state, true, &local(Presence::Stopped, None)), [(id, Action::Launch)]);
+        let row = applier.state.instances.find(&id).unwrap();
+        assert_eq!(finding(row, &stopped, Mono(0)).unwrap().phase, Phase::Lost);
+        assert_eq!(finding(row, &running, Mono(0)).unwrap().phase, Phase::Running, "until it has stopped");
+        // It can still be removed, and what has ended for good is not lost.
+        applier.report(NodeId(1), id, Phase::Completed, false);
+        assert_eq!(finding(applier.state.instances.find(&id).unwrap(), &stopped, Mono(0)), None);
+        applier.must(Command::RemoveApp { app: AppName::new("shop").unwrap(), with_volumes: false });
+        assert_eq!(act(&applier.state, true, &stopped), [(id, Action::Remove)]);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use super::addresses::{HeldAddresses, HeldCell, Keeper};
 use super::artifacts::is_keeper;
 use super::disk;
+use super::ends::{exit_of, image_stop_signal, memory_limit, policy_of, spec_of, stop_of};
 use super::health;
 use super::hints::Hints;
 use super::launch::{Ground, container_id, instance_of};
@@ -370,6 +371,7 @@ impl Worker {
             has_lease: self.shared.ground.lease.for_start().is_some(),
             now,
         };
+        self.judge_disks(state);
         let actions = {
             let mut locals = self.shared.locals();
             locals.values_mut().for_each(|local| local.restarts.settle(now));
@@ -396,19 +398,51 @@ impl Worker {
         self.errands.retain(|task| !task.is_finished());
     }
 
-    /// Tells the cluster of this run of the daemon, until the state shows it.
+    /// What binds a disk that is not there must not run, and what holds on to one that was pulled must start anew.
+    fn judge_disks(&mut self, state: &State) {
+        let disks = &self.shared.ground.disks;
+        if disks.named().is_empty() {
+            return;
+        }
+        let absent = disks.absent();
+        let name = state.node_name(self.config.node);
+        for instance in state.instances_on(self.config.node) {
+            let Some(spec) = spec_of(state, instance.id).filter(|spec| disks.is_bound_by(spec)) else {
+                continue;
+            };
+            let lack = disks.lack(spec, absent, &name).or_else(|| {
+                match self.shared.ground.runtime.state(&container_id(instance.id)) {
+                    ContainerState::Running { main, .. } => disks.holds_gone(spec, main.pid),
+                    _ => None,
+                }
+            });
+            let mut locals = self.shared.locals();
+            let local = locals.entry(instance.id).or_default();
+            if let Some(why) = lack.as_ref().filter(|_| local.lacks_disk.is_none()) {
+                warn!(instance = %instance.id, why, "a container's disk is absent");
+            }
+            local.lacks_disk = lack;
+        }
+    }
+
+    /// Tells the cluster of this run of the daemon, until the state shows it; of its disks before, if they changed.
     fn announce(&mut self, state: &State, now: Mono) {
-        let Some(node) = state.nodes.find(&self.config.node) else { return };
-        let is_known = node.start_id == Some(self.config.start_id) && node.stopped_at.is_none();
+        let Some(row) = state.nodes.find(&self.config.node) else { return };
+        let (node, disks) = (self.config.node, self.shared.ground.disks.named());
+        let is_known =
+            row.start_id == Some(self.config.start_id) && row.stopped_at.is_none() && row.disks == disks;
         let is_due = self.announced_at.is_none_or(|at| now.since_ms(at) >= 300);
         if !is_known && is_due {
             self.announced_at = Some(now);
-            let command = Command::NodeStarted {
-                node: self.config.node,
-                start_id: self.config.start_id,
-                architecture: Architecture::own(),
-                size: self.config.size,
-                software: self.config.software.clone(),
+            let command = match row.disks == disks {
+                true => Command::NodeStarted {
+                    node,
+                    start_id: self.config.start_id,
+                    architecture: Architecture::own(),
+                    size: self.config.size,
+                    software: self.config.software.clone(),
+                },
+                false => Command::NoteDisks { node, disks: disks.to_vec() },
             };
             self.config.replica.input_or_drop(Input::Report { command: Box::new(command) });
         }
@@ -571,7 +605,12 @@ impl Worker {
         info!(instance = %id, %exit, "container ended");
         local.presence = Presence::Stopped;
         local.verdict = None;
-        match local.stopped_because.take() {
+        // One that dies of its disk's end has not failed.
+        let lack = || {
+            let disks = &self.shared.ground.disks;
+            disks.lack(spec_of(state, id)?, disks.absent(), &state.node_name(self.config.node))
+        };
+        match local.stopped_because.take().or_else(lack) {
             Some(why) => local.restarts.not_started(why, now),
             None => local.restarts.exited(exit, policy_of(state, id), now),
         }
@@ -740,54 +779,6 @@ impl Worker {
             let command = Box::new(Command::Report { node, start_id, report });
             self.config.replica.input(Input::Report { command }).await;
         }
-    }
-}
-
-fn spec_of(state: &State, id: InstanceId) -> Option<&ServiceSpec> {
-    let instance = state.instances.find(&id)?;
-    let service = state.services.find(&instance.service)?;
-    Some(service.spec_of(instance.spec_version))
-}
-
-fn policy_of(state: &State, id: InstanceId) -> RestartPolicy {
-    spec_of(state, id).map(|spec| spec.restart).unwrap_or_default()
-}
-
-fn memory_limit(state: &State, id: InstanceId) -> u64 {
-    spec_of(state, id).and_then(|spec| spec.resources.memory_bytes_max).unwrap_or(0)
-}
-
-/// The signal that the service names, if it does, and its grace.
-pub(super) fn stop_of(state: &State, id: InstanceId) -> (Option<i32>, Duration) {
-    let spec = spec_of(state, id);
-    let signal = spec.and_then(|spec| spec.stop_signal.as_deref()).and_then(signal_number);
-    let grace_ms = spec.map_or(crate::model::spec::STOP_GRACE_MS, |spec| spec.stop_grace_ms);
-    (signal, Duration::from_millis(grace_ms))
-}
-
-pub(super) fn image_stop_signal(runtime: &crate::runtime::Runtime, id: InstanceId) -> i32 {
-    let spec = runtime.spec(&container_id(id)).ok();
-    spec.and_then(|spec| spec.image.stop_signal).as_deref().and_then(signal_number).unwrap_or(libc::SIGTERM)
-}
-
-/// `SIGQUIT`, `QUIT` or `3`.
-pub fn signal_number(text: &str) -> Option<i32> {
-    if let Ok(number) = text.parse::<i32>() {
-        return (1..=64).contains(&number).then_some(number);
-    }
-    let upper = text.to_ascii_uppercase();
-    let name = if upper.starts_with("SIG") { upper } else { format!("SIG{upper}") };
-    name.parse::<nix::sys::signal::Signal>().ok().map(|signal| signal as i32)
-}
-
-fn exit_of(end: ContainerEnd, limit_bytes: u64) -> Exit {
-    match end {
-        ContainerEnd::Exited(record) if record.is_oom_killed => Exit::OutOfMemory { limit_bytes },
-        ContainerEnd::Exited(record) => match record.signal {
-            Some(signal) => Exit::Signal(signal.clamp(0, 255) as u8),
-            None => Exit::Code(record.code.clamp(0, 255) as u8),
-        },
-        ContainerEnd::Lost => Exit::Signal(libc::SIGKILL as u8),
     }
 }
 

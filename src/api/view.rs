@@ -57,6 +57,7 @@ impl View<'_> {
             only_copies: self.state.only_copies(node.id),
             troubles: health.troubles.iter().map(|trouble| trouble.code().into()).collect(),
             temperature_celsius: health.temperature_celsius,
+            disks: self.disks(node),
             disk: health.disk.map(|disk| DiskBody {
                 size_bytes: disk.disk_bytes,
                 written_today_bytes: disk.written_today_bytes,
@@ -64,6 +65,18 @@ impl View<'_> {
                 days_left: disk.days_left(settings.disk_endurance),
             }),
         }
+    }
+
+    fn disks(&self, node: &Node) -> Vec<NodeDiskBody> {
+        let absent = planner::absent_disks(node, &self.status.heard);
+        let disks = node.disks.iter().enumerate();
+        disks
+            .map(|(index, disk)| NodeDiskBody {
+                label: disk.label.clone(),
+                mount_point: disk.target.clone(),
+                is_absent: absent.has(index),
+            })
+            .collect()
     }
 
     fn role(&self, id: NodeId) -> &'static str {
@@ -81,8 +94,9 @@ impl View<'_> {
         let observed = &instance.observed;
         let now = self.status.cluster_time;
         let heard = &self.status.heard;
-        let reason =
-            planner::pending_reason(self.state, heard, instance, now).or_else(|| self.lost_reason(instance));
+        let reason = planner::pending_reason(self.state, heard, instance, now)
+            .or_else(|| self.lost_reason(instance))
+            .or_else(|| planner::disk_reason(self.state, heard, instance));
         let exit = observed.exit.as_ref().map(|exit| exit.to_string());
         InstanceBody {
             name: self.state.instance_name(instance),

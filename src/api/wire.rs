@@ -153,6 +153,17 @@ pub struct NodeBody {
     pub temperature_celsius: Option<i16>,
     /// That holds its data directory.
     pub disk: Option<DiskBody>,
+    /// What its configuration mounts beside its data.
+    #[serde(default)]
+    pub disks: Vec<NodeDiskBody>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeDiskBody {
+    pub label: String,
+    pub mount_point: String,
+    /// Services that bind something there don't run there meanwhile.
+    pub is_absent: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -7,6 +7,7 @@
 //! for whatever happens first; `shutdown` takes everything down in order. What decides (`dhcp`, `sntp`, `settings`,
 //! `partitions`, `modules`, `backoff`) is pure and tested as such; the whole is tested in guests (`tests/guests`).
 
+mod attach;
 mod backoff;
 mod buttons;
 mod card;
@@ -58,8 +59,11 @@ pub fn main() -> ! {
 /// The words with which the first process starts its helper for the time.
 const CLOCK_WORD: &str = "boot-clock";
 
-/// Runs a helper of the first process, if these are its words: `boot-clock DATA_DIR [SERVER…]`, or the kernel's
-/// `-q -- MODULE`.
+/// And the one that touches disks.
+const DISKS_WORD: &str = "boot-disks";
+
+/// Runs a helper of the first process, if these are its words: `boot-clock DATA_DIR [SERVER…]`, `boot-disks DISK…`, or the
+/// kernel's `-q -- MODULE`.
 pub fn helper(args: &[OsString]) -> Option<ExitCode> {
     let words: Vec<String> = args.iter().map(|word| word.to_string_lossy().into_owned()).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
@@ -68,9 +72,16 @@ pub fn helper(args: &[OsString]) -> Option<ExitCode> {
             let servers: Vec<String> = words[2..].iter().map(|word| word.to_string()).collect();
             Some(clock::ask(std::path::Path::new(data_dir), &servers))
         }
+        [DISKS_WORD, ..] => Some(attend_disks(&words[1..])),
         ["-q", "--", module] => Some(load_module(module)),
         _ => None,
     }
+}
+
+fn attend_disks(words: &[&str]) -> ExitCode {
+    let problems = attach::attend(&attach::parse_words(words));
+    problems.iter().for_each(|problem| eprintln!("{problem}"));
+    if problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 fn load_module(name: &str) -> ExitCode {

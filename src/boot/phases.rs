@@ -3,6 +3,7 @@
 //! Input: the machine. Output: a `Board`, always: a phase that fails is shown with why and with what the board then
 //! lacks, and the next one runs. Only the first mounts must work.
 
+use super::attach;
 use super::buttons::Buttons;
 use super::card;
 use super::clock;
@@ -19,7 +20,7 @@ use crate::linux::{machine, process};
 use anyhow::{Context, Result, bail};
 use std::fs;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 /// What the image builder says of the board: its name and the modules to load whatever the devices.
@@ -32,6 +33,8 @@ pub const DATA_LABEL_DISK: &str = "tinydc-data";
 const DISK_LIMIT_MS: u64 = 15_000;
 /// After the card's data partition is there, a disk with a better one may be about to be.
 const BETTER_DISK_MS: u64 = 3_000;
+/// Its problem ends when the disks are there.
+pub const DISKS_PHASE: &str = "disks";
 const NODE_CONFIG: &str = "/etc/tinydc.toml";
 
 /// Everything that the supervisor goes on with.
@@ -75,7 +78,7 @@ const PHASES: [Phase; 11] = [
         run: mount_data,
         lack: "NOTHING IS KEPT: data lies in memory and is lost at the next start",
     },
-    Phase { name: "disks", run: mount_disks, lack: "services that bind an absent disk don't run here" },
+    Phase { name: DISKS_PHASE, run: mount_disks, lack: "services that bind an absent disk don't run here" },
     Phase { name: "clock", run: lift_clock, lack: "the clock is wrong until the network tells the time" },
     Phase { name: "name", run: set_name, lack: "the board has no name of its own" },
     Phase { name: "network", run: open_network, lack: "the board is alone" },
@@ -203,10 +206,11 @@ fn data_volume(volumes: &[Volume]) -> Option<Volume> {
 }
 
 fn mount_data(board: &mut Board) -> Result<String> {
-    let has_usb = Path::new("/sys/bus/usb/devices/usb1").exists();
+    let has_plugs = ["/sys/bus/usb/devices/usb1", "/sys/class/nvme/nvme0"].map(Path::new);
+    let may_come = has_plugs.iter().any(|path| path.exists());
     await_devices(board, DISK_LIMIT_MS, |volumes| data_volume(volumes).is_some());
     // A disk that spins up is worth a wait, where one may be plugged in.
-    if has_usb && !has_label(&disks::volumes(), DATA_LABEL_DISK) {
+    if may_come && !has_label(&disks::volumes(), DATA_LABEL_DISK) {
         await_devices(board, BETTER_DISK_MS, |volumes| has_label(volumes, DATA_LABEL_DISK));
     }
     let Some(volume) = data_volume(&disks::volumes()) else {
@@ -230,17 +234,14 @@ fn mount_data(board: &mut Board) -> Result<String> {
 
 fn mount_disks(board: &mut Board) -> Result<String> {
     let wanted = board.settings.disks.clone();
-    let mut absent = Vec::new();
-    for disk in &wanted {
-        let is_there = await_devices(board, BETTER_DISK_MS, |volumes| has_label(volumes, &disk.label));
-        let volume = disks::volumes().into_iter().find(|volume| volume.label == disk.label);
-        match volume.filter(|_| is_there) {
-            Some(volume) => disks::mount(&volume, &PathBuf::from(&disk.target), Access::ReadWrite)?,
-            None => absent.push(disk.label.clone()),
-        }
-    }
-    if !absent.is_empty() {
-        bail!("absent: {}", absent.join(", "));
+    attach::cover_all(&wanted)?;
+    await_devices(board, BETTER_DISK_MS, |volumes| wanted.iter().all(|disk| has_label(volumes, &disk.label)));
+    let mut problems = attach::attend(&wanted);
+    let volumes = disks::volumes();
+    let absent = wanted.iter().filter(|disk| !has_label(&volumes, &disk.label));
+    problems.extend(absent.map(|disk| format!("disk {disk} is absent")));
+    if !problems.is_empty() {
+        bail!("{}", problems.join("; "));
     }
     Ok(format!("{} beside the data", wanted.len()))
 }

@@ -50,6 +50,13 @@ impl Report {
         self.write();
     }
 
+    /// What a phase lacked is there now.
+    pub fn forget_problem(&mut self, phase: &str) {
+        let is_of_phase = |problem: &String| problem.split(':').next() == Some(phase);
+        self.problems.retain(|problem| !is_of_phase(problem));
+        self.write();
+    }
+
     /// The same problem is told once; the oldest give way.
     pub fn add_problem(&mut self, problem: &str) {
         if self.problems.iter().any(|known| known == problem) {

@@ -5,6 +5,8 @@
 //!
 //! Invariant: a token is taken out of the text without touching any other line (`only_the_token_s_line_changes`).
 
+use crate::model::NodeDisk;
+use crate::transport::operators::OperatorKey;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -12,7 +14,6 @@ use std::net::Ipv4Addr;
 
 pub const FILE: &str = "tinydc.toml";
 const NAME_BYTES_MAX: usize = 40;
-const DISKS_MAX: usize = 16;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -30,6 +31,8 @@ struct Text {
     console: Option<bool>,
     #[serde(default)]
     disks: Vec<toml::Spanned<String>>,
+    #[serde(default)]
+    operators: Vec<toml::Spanned<String>>,
     address: Option<toml::Spanned<String>>,
     gateway: Option<Ipv4Addr>,
     #[serde(default)]
@@ -61,13 +64,6 @@ pub enum Addressing {
     Off,
 }
 
-/// A file system to mount beside the data.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Disk {
-    pub label: String,
-    pub target: String,
-}
-
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
     pub name: Option<String>,
@@ -78,7 +74,10 @@ pub struct Settings {
     pub ntp: Vec<String>,
     pub log: Option<String>,
     pub has_console: bool,
-    pub disks: Vec<Disk>,
+    /// File systems to mount beside the data.
+    pub disks: Vec<NodeDisk>,
+    /// Public keys of people, as OpenSSH writes them.
+    pub operators: Vec<String>,
     /// For interfaces without an entry of their own.
     pub addressing: Addressing,
     pub interfaces: BTreeMap<String, Addressing>,
@@ -96,6 +95,7 @@ impl Default for Settings {
             log: None,
             has_console: true,
             disks: Vec::new(),
+            operators: Vec::new(),
             addressing: Addressing::Dhcp,
             interfaces: BTreeMap::new(),
         }
@@ -140,11 +140,16 @@ pub fn parse(text: &str) -> Result<Settings, Problem> {
     }
     let mut disks = Vec::new();
     for disk in &read.disks {
-        let found = parse_disk(disk.get_ref());
+        let found = NodeDisk::parse(disk.get_ref());
         disks.push(found.map_err(|message| Problem { line: line_of(text, disk.span().start), message })?);
     }
-    if disks.len() > DISKS_MAX {
-        return Err(at("disks", format!("{} disks; at most {DISKS_MAX} are mounted", disks.len())));
+    if let Some((index, message)) = NodeDisk::conflict(&disks) {
+        return Err(Problem { line: line_of(text, read.disks[index].span().start), message });
+    }
+    for key in &read.operators {
+        let found = OperatorKey::try_from(key.get_ref().clone());
+        found
+            .map_err(|error| Problem { line: line_of(text, key.span().start), message: error.to_string() })?;
     }
     let addressing = |address: &toml::Spanned<String>, gateway, dns: &[Ipv4Addr]| {
         let line = line_of(text, address.span().start);
@@ -171,6 +176,7 @@ pub fn parse(text: &str) -> Result<Settings, Problem> {
         log: read.log,
         has_console: read.console.unwrap_or(true),
         disks,
+        operators: read.operators.into_iter().map(toml::Spanned::into_inner).collect(),
         addressing: general,
         interfaces,
     })
@@ -204,22 +210,6 @@ fn parse_addressing(text: &str, gateway: Option<Ipv4Addr>, dns: &[Ipv4Addr]) -> 
     Ok(Addressing::Static { address, prefix_length, gateway, name_servers: dns.to_vec() })
 }
 
-/// `LABEL=media:/mnt/media`
-fn parse_disk(text: &str) -> Result<Disk, String> {
-    let bad = || format!("{text:?} is no disk: use \"LABEL=media:/mnt/media\"");
-    let (label, target) =
-        text.strip_prefix("LABEL=").and_then(|rest| rest.split_once(':')).ok_or_else(bad)?;
-    // Elsewhere it would hide what the board lives on.
-    let is_below = ["/mnt/", "/media/", "/srv/"].iter().any(|folder| target.starts_with(folder));
-    if label.is_empty() || label.len() > 16 || target.contains("..") || target.ends_with('/') {
-        return Err(bad());
-    }
-    if !is_below {
-        return Err(format!("{target} must lie below /mnt, /media or /srv"));
-    }
-    Ok(Disk { label: label.into(), target: target.into() })
-}
-
 impl Settings {
     /// The daemon's own configuration file on this board.
     pub fn node_config(&self, name: &str) -> String {
@@ -236,6 +226,15 @@ impl Settings {
         if !self.peers.is_empty() {
             let peers: Vec<String> = self.peers.iter().map(|peer| quoted(peer)).collect();
             let _ = writeln!(text, "peers = [{}]", peers.join(", "));
+        }
+        if !self.operators.is_empty() {
+            let keys: Vec<String> = self.operators.iter().map(|key| quoted(key)).collect();
+            let _ = writeln!(text, "operators = [{}]", keys.join(", "));
+        }
+        if !self.disks.is_empty() {
+            let word = |disk: &NodeDisk| quoted(&format!("LABEL={}:{}", disk.label, disk.target));
+            let disks: Vec<String> = self.disks.iter().map(word).collect();
+            let _ = writeln!(text, "disks = [{}]", disks.join(", "));
         }
         text
     }
@@ -285,6 +284,8 @@ mod tests {
             ("\nname = \"a\"\naddress = \"192.168.1.300/24\"\n", 3, "no address"),
             ("disks = [\n  \"LABEL=a:/mnt/a\",\n  \"b:/mnt\",\n]\n", 3, "no disk"),
             ("disks = [\"LABEL=a:/etc/x\"]", 1, "below /mnt"),
+            ("disks = [\n  \"LABEL=a:/mnt/a\",\n  \"LABEL=b:/mnt/a\",\n]\n", 3, "the place of"),
+            ("operators = [\n  \"ssh-rsa AAAA ann\",\n]\n", 2, "only ssh-ed25519"),
             ("bootstrap = true\njoin = \"tdc-join-x\"\n", 2, "keep one"),
             ("gateway = \"10.0.0.1\"\n", 1, "static"),
             ("name = \"a\"\n[interfaces.eth1]\naddress = \"dhpc\"\n", 3, "dhpc"),
@@ -313,12 +314,12 @@ mod tests {
 
     #[test]
     fn what_the_daemon_gets_reads_back() {
-        let text =
-            "join = 'tdc-join-\"x\\'\npeers = [\"pi1.lan\", \"pi2.lan\"]\nlog = \"debug\"\ndisks = []\n";
+        let text = "join = 'tdc-join-\"x\\'\npeers = [\"pi1.lan\", \"pi2.lan\"]\nlog = \"debug\"\ndisks = [\"LABEL=a b:/mnt/a\"]\n";
         let settings = parse(text).unwrap();
         let read_back = parse(&settings.node_config("pi3")).unwrap();
         assert_eq!(read_back.name.as_deref(), Some("pi3"));
         assert_eq!((read_back.join, read_back.peers), (settings.join, settings.peers));
+        assert_eq!((read_back.disks.len(), read_back.disks), (1, settings.disks));
     }
 
     #[test]

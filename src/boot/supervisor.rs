@@ -3,11 +3,12 @@
 //! Input: ended children, devices, cables, packets, buttons, signals, time. Output: children started, drivers loaded,
 //! addresses held, the watchdog fed, the report kept true. Nothing in a turn waits.
 
+use super::attach::{self, Attached};
 use super::card;
 use super::child::{self, Kept, Output};
 use super::clock;
 use super::node_watch::{NodeWatch, Standing};
-use super::phases::{Board, DATA_DIR};
+use super::phases::{Board, DATA_DIR, DISKS_PHASE};
 use super::shutdown;
 use super::slots::Verdict;
 use super::trial::Trial;
@@ -50,6 +51,7 @@ pub struct Supervisor {
     pub node: Kept,
     watch: NodeWatch,
     prompts: Vec<(PathBuf, Kept)>,
+    disks: Attached,
     time_child: Option<i32>,
     time_at_ms: u64,
     time_wait: Duration,
@@ -77,6 +79,7 @@ impl Supervisor {
         let paths = if has_prompts { board.console.paths() } else { Vec::new() };
         Supervisor {
             prompts: paths.into_iter().map(|path| (path, Kept::new())).collect(),
+            disks: Attached::new(board.settings.disks.clone()),
             board,
             signals,
             output,
@@ -116,6 +119,7 @@ impl Supervisor {
         let now = boot_ms();
         self.hear_devices(now);
         self.hear_network(now);
+        self.keep_disks(now);
         self.tell();
         self.keep_children(now);
         self.watch.step(now);
@@ -158,6 +162,7 @@ impl Supervisor {
             self.board.watchdog.as_ref().filter(|dog| dog.is_patient(now)).map(|dog| dog.deadline_ms()),
         );
         due.extend(self.board.network.as_ref().and_then(|network| network.deadline_ms()));
+        due.extend(self.disks.deadline_ms());
         let left = due.into_iter().min().unwrap_or(now).saturating_sub(now);
         let limit = Timespec { tv_sec: (left / 1000) as i64, tv_nsec: (left % 1000 * 1_000_000) as i64 };
         let mut on: Vec<BorrowedFd<'_>> = vec![self.signals.as_fd(), self.output.waits_on()];
@@ -204,6 +209,9 @@ impl Supervisor {
             for (_, prompt) in &mut self.prompts {
                 prompt.ended(pid, now);
             }
+            if self.disks.ended(pid, how == "exit code 0", now) {
+                self.take_output();
+            }
             if self.time_child == Some(pid) {
                 self.time_child = None;
                 self.asked_time(how == "exit code 0", now);
@@ -217,6 +225,9 @@ impl Supervisor {
         let mut has_new = false;
         while let Ok(Some(length)) = machine::read_waiting(events.as_fd(), &mut buffer) {
             has_new |= self.board.drivers.hear(&buffer[..length]);
+            if attach::is_of_disk(&buffer[..length]) {
+                self.disks.heard(now);
+            }
         }
         if has_new {
             self.board.buttons.look();
@@ -232,6 +243,23 @@ impl Supervisor {
         if let Some(network) = &mut board.network {
             network.look(&board.settings, &board.name, now);
         }
+    }
+
+    /// Tells which disks beside the data came and went, and lets a child see to them.
+    fn keep_disks(&mut self, now: u64) {
+        let news = self.disks.news(now);
+        if !news.is_empty() && self.disks.is_complete() {
+            self.board.report.forget_problem(DISKS_PHASE);
+        }
+        for news in news {
+            self.board.console.say(&news);
+        }
+        let Some(words) = self.disks.due(now) else { return };
+        let words: Vec<&str> =
+            std::iter::once(super::DISKS_WORD).chain(words.iter().map(String::as_str)).collect();
+        let mut command = child::own(&words);
+        let started = self.output.attach(&mut command).and_then(|()| Ok(command.spawn()?));
+        self.disks.started(started.ok().map(|child| child.id() as i32), now);
     }
 
     fn hear_network(&mut self, now: u64) {
@@ -366,13 +394,15 @@ impl Supervisor {
         };
         let clock = if is_synchronised() { "right" } else { "not checked yet" };
         let data = if self.board.has_data_disk { "on disk" } else { "IN MEMORY, lost at the next start" };
-        self.board.report.set_standing(vec![
+        let mut standing = vec![
             format!("name: {}", self.board.name),
             format!("address: {}", addresses.join(", ")),
             format!("daemon: {daemon}"),
             format!("clock: {clock}"),
             format!("data: {data}"),
-        ]);
+        ];
+        standing.extend(self.disks.standing().map(|disks| format!("disks: {disks}")));
+        self.board.report.set_standing(standing);
     }
 
     /// The children that only read and print.

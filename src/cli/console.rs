@@ -291,6 +291,9 @@ fn screen(facts: &Facts) -> String {
     }
     row("clock", value("clock").unwrap_or("?"));
     row("data", value("data").unwrap_or("?"));
+    if let Some(disks) = value("disks") {
+        row("disks", disks);
+    }
     let problem = joining.as_ref().and_then(|joining| joining["problem"].as_str());
     let problems = report.lines().filter_map(|line| line.strip_prefix("problem: "));
     let problems: Vec<&str> = problems.chain(problem).collect();

@@ -4,6 +4,8 @@
 //!
 //! `tinydc hello --eat MIB` takes that much memory and holds it: for trying limits.
 //!
+//! `tinydc hello --keep FILE` adds a line to a file and then serves: for trying disks.
+//!
 //! `GET /` answers who it is and what machine it is built for, `GET /health` that it is well. Blocking sockets and a few
 //! threads: it stays below 1 MiB.
 //! SIGTERM ends it at once, because a container's first process gets no default action for signals (pid_namespaces(7)).
@@ -49,6 +51,7 @@ fn run(args: &[std::ffi::OsString]) -> io::Result<()> {
     }
     let port = match args {
         [] => std::env::var("PORT").ok().map_or(Ok(PORT), |port| port.parse()),
+        [option, file] if option == "--keep" => keep(file).map(|()| Ok(PORT))?,
         [option, port] if option == "--port" => port.to_string_lossy().parse(),
         _ => return Err(io::Error::other("usage: tinydc hello [--port PORT | --ask HOST:PORT COUNT]")),
     };
@@ -76,6 +79,12 @@ fn run(args: &[std::ffi::OsString]) -> io::Result<()> {
     }
     signals.wait()?;
     Ok(())
+}
+
+fn keep(file: &std::ffi::OsString) -> io::Result<()> {
+    let mut file = std::fs::File::options().create(true).append(true).open(file)?;
+    writeln!(file, "{}", std::process::id())?;
+    file.sync_all()
 }
 
 /// Takes memory a mebibyte at a time, and keeps it.

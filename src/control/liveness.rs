@@ -4,7 +4,8 @@
 //! new leader judges by the table it already has.
 
 use super::Now;
-use crate::model::{Condition, Gather, MachineHealth, Mono, Node, NodeId, StartId, Timestamp};
+use crate::model::limits::DISK_CHANGES_WITHIN_MS;
+use crate::model::{Condition, DiskSet, Gather, MachineHealth, Mono, Node, NodeId, StartId, Timestamp};
 use crate::planner::addresses::SUSPECTED_AFTER_MS;
 use crate::planner::{Heard, HeardNodes};
 use crate::state::{Command, State};
@@ -24,6 +25,8 @@ const CLEAN_STOP_MS: u64 = 60_000;
 const TROUBLE_BEGINS_MS: u64 = 10_000;
 /// One that comes and goes is there.
 const TROUBLE_ENDS_MS: u64 = 30 * 60_000;
+/// A disk that is plugged again within this was never away.
+const DISK_SETTLED_MS: u64 = 3_000;
 const FSYNC_STALLED_MS: u64 = 10_000;
 const FSYNC_LOST_MS: u64 = 30_000;
 
@@ -48,6 +51,8 @@ pub struct Figures {
     /// Which floating addresses it could hold: a bit for each, in the order of the state.
     pub holdable: u16,
     pub health: MachineHealth,
+    /// Of the disks that its configuration names, those that are not mounted.
+    pub absent_disks: DiskSet,
 }
 
 struct LastHeard {
@@ -55,6 +60,8 @@ struct LastHeard {
     alive: Alive,
     /// Since when it has told the same troubles.
     troubles_since: Mono,
+    /// The same of its absent disks.
+    disks_since: Mono,
 }
 
 pub struct Liveness {
@@ -125,7 +132,12 @@ impl Liveness {
         let troubles = alive.figures.health.troubles;
         let same = self.heard.get(&from).filter(|last| last.alive.figures.health.troubles == troubles);
         let troubles_since = same.map_or(now, |last| last.troubles_since);
-        self.heard.insert(from, LastHeard { at: now, alive, troubles_since });
+        let is_same = |last: &&LastHeard| {
+            last.alive.start_id == alive.start_id
+                && last.alive.figures.absent_disks == alive.figures.absent_disks
+        };
+        let disks_since = self.heard.get(&from).filter(is_same).map_or(now, |last| last.disks_since);
+        self.heard.insert(from, LastHeard { at: now, alive, troubles_since, disks_since });
     }
 
     /// What the state is to say of a node's troubles. One that comes and goes is written down twice an hour at most.
@@ -143,12 +155,26 @@ impl Liveness {
         is_due.then_some(Command::NoteTroubles { node: node.id, troubles })
     }
 
-    /// A leader's commands: who is down, who is back, who has troubles.
+    /// What the state is to say of a node's absent disks. Each change within an hour quadruples how long the next must have
+    /// lasted.
+    fn news_of_disks(&self, node: &Node, now: Mono, cluster_time: Timestamp) -> Option<Command> {
+        let last = self.heard.get(&node.id).filter(|last| now.since_ms(last.at) < LOST_AFTER_MS)?;
+        let (start_id, absent) = (last.alive.start_id, last.alive.figures.absent_disks);
+        let is_late = |at: &&Timestamp| cluster_time.since_ms(**at) < DISK_CHANGES_WITHIN_MS;
+        let changes = node.disk_changes.iter().filter(is_late).count() as u32;
+        let is_due = now.since_ms(last.disks_since) >= DISK_SETTLED_MS << (2 * changes);
+        // Another run's figures may be of another list.
+        let is_news = node.start_id == Some(start_id) && absent.within(node.disks.len()) != node.absent_disks;
+        (is_news && is_due).then_some(Command::NoteAbsentDisks { node: node.id, start_id, absent })
+    }
+
+    /// A leader's commands: who is down, who is back, who has troubles, whose disks are absent.
     pub fn verdicts(&self, state: &State, now: Mono, cluster_time: Timestamp) -> Vec<Command> {
         let mut commands = Vec::new();
         for node in state.nodes.rows() {
             let is_lost = self.is_lost(node, now, cluster_time);
             commands.extend(self.news_of_troubles(node, now));
+            commands.extend(self.news_of_disks(node, now, cluster_time));
             match node.condition {
                 Condition::Up if is_lost && now >= self.trusted_from => {
                     commands.push(Command::MarkNodeDown { node: node.id, start_id: node.start_id });
@@ -207,6 +233,8 @@ impl Liveness {
                     is_disk_stalled: figures.fsync_age_ms >= FSYNC_STALLED_MS,
                     is_disk_full: figures.is_disk_full,
                     health: figures.health,
+                    run: Some(last.alive.start_id),
+                    absent_disks: figures.absent_disks,
                 };
                 (*id, heard)
             })
@@ -243,7 +271,7 @@ impl Liveness {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Trouble;
+    use crate::model::{NodeDisk, Trouble};
     use crate::state::testing::Applier;
 
     /// Node 2 stopped cleanly; its later runs, as node 1 sees them.
@@ -295,5 +323,44 @@ mod tests {
             assert_eq!(is_known, (10..3540 + 1800).contains(&second), "after {second} s");
         }
         assert_eq!(written, 2);
+    }
+
+    /// Entries of two hours of a disk that comes and goes each so many seconds; ends with it being there.
+    fn entries_of_a_loose_plug(period_s: u64) -> usize {
+        let mut applier = Applier::with_nodes(2);
+        let disk = NodeDisk { label: "media".into(), target: "/mnt/media".into() };
+        applier.must(Command::NoteDisks { node: NodeId(2), disks: vec![disk] });
+        let start_id = applier.state.nodes.find(&NodeId(2)).and_then(|node| node.start_id).expect("it runs");
+        let mut liveness = Liveness::new(NodeId(1), StartId(1), Mono(0));
+        let (begin, mut entries) = (applier.state.time(), 0);
+        for second in 0..7200 + 3600u64 {
+            let now = Mono(0).plus_ms(second * 1000);
+            let mut figures = Figures::default();
+            if second < 7200 && second % period_s >= period_s / 2 {
+                figures.absent_disks.insert(0);
+            }
+            let alive = Alive { start_id, seq: second, figures, wall: None };
+            liveness.hear(NodeId(2), alive, now);
+            let node = applier.state.nodes.find(&NodeId(2)).expect("it is a member").clone();
+            let cluster_time = begin.plus_ms(second * 1000);
+            if let Some(command) = liveness.news_of_disks(&node, now, cluster_time) {
+                entries += 1;
+                let index = cluster_time.since_ms(applier.state.time()) / 1000;
+                applier.index += index;
+                applier.must(command);
+            }
+        }
+        assert!(applier.state.nodes.find(&NodeId(2)).is_some_and(|node| node.absent_disks.is_empty()));
+        entries
+    }
+
+    #[test]
+    fn a_disk_is_absent_after_three_seconds_and_a_loose_plug_fills_no_log() {
+        assert_eq!(entries_of_a_loose_plug(4), 0, "two seconds are nothing");
+        assert_eq!(entries_of_a_loose_plug(7200), 2, "out once, back once");
+        for period_s in [10, 60, 600, 3000] {
+            let entries = entries_of_a_loose_plug(period_s);
+            assert!((2..=2 * 6 + 1).contains(&entries), "{entries} entries with {period_s} s");
+        }
     }
 }

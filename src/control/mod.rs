@@ -630,6 +630,7 @@ fn settled_voters(conf: &ConfState) -> Vec<NodeId> {
 fn speaks_for_itself(from: NodeId, command: &Command) -> bool {
     match command {
         Command::NodeStarted { node, .. }
+        | Command::NoteDisks { node, .. }
         | Command::NodeStopping { node, .. }
         | Command::ConfirmKey { node, .. }
         | Command::Report { node, .. } => *node == from,

@@ -77,6 +77,56 @@ pub fn mounted_below(folder: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(points)
 }
 
+/// Covers an empty mount point: what is written there while its disk is absent must not land in memory, nor hide later
+/// what is on the disk.
+const COVER: &str = "tinydc-absent";
+
+/// Covers a folder with an empty file system that takes no writes.
+pub fn cover(target: &Path) -> io::Result<()> {
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    nix::mount::mount(Some(COVER), target, Some("tmpfs"), flags, Some("mode=0555,size=4k"))?;
+    Ok(())
+}
+
+/// One line of a process's table of mounts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mount {
+    pub point: PathBuf,
+    /// Major and minor number.
+    pub device: (u32, u32),
+    pub is_cover: bool,
+}
+
+impl Mount {
+    /// Whether what is mounted can be read: it is no cover, and its disk has not been pulled.
+    pub fn is_alive(&self) -> bool {
+        let (major, minor) = self.device;
+        // What is on no block device has major number 0. A card's reader stays without its card, but has no size.
+        let size = || std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/size"));
+        !self.is_cover && (major == 0 || size().is_ok_and(|size| size.trim() != "0"))
+    }
+}
+
+/// Everything that a process has mounted, as `/proc/PID/mountinfo` says; of two at one place the later is the upper.
+pub fn mounts_of(process: &str) -> io::Result<Vec<Mount>> {
+    let table = std::fs::read(format!("/proc/{process}/mountinfo"))?;
+    Ok(table.split(|byte| *byte == b'\n').filter_map(mount).collect())
+}
+
+/// What is uppermost at a place.
+pub fn uppermost<'a>(mounts: &'a [Mount], target: &Path) -> Option<&'a Mount> {
+    mounts.iter().rev().find(|mount| mount.point == target)
+}
+
+fn mount(line: &[u8]) -> Option<Mount> {
+    let point = mount_point(line)?;
+    let text = std::str::from_utf8(line).ok()?;
+    let (major, minor) = text.split(' ').nth(2)?.split_once(':')?;
+    // After the dash: kind, source, options.
+    let source = text.split(" - ").nth(1)?.split(' ').nth(1)?;
+    Some(Mount { point, device: (major.parse().ok()?, minor.parse().ok()?), is_cover: source == COVER })
+}
+
 pub fn is_mounted(target: &Path) -> io::Result<bool> {
     let Ok(target) = target.canonicalize() else { return Ok(false) };
     Ok(mounted_below(&target)?.contains(&target))
@@ -112,5 +162,24 @@ mod tests {
         let line = br"36 35 98:0 / /mnt/a\040b\134c rw,noatime master:1 - ext3 /dev/root rw";
         assert_eq!(mount_point(line), Some(PathBuf::from("/mnt/a b\\c")));
         assert_eq!(mount_point(b""), None);
+    }
+
+    #[test]
+    fn the_uppermost_mount_counts_and_a_cover_is_no_disk() {
+        let lines: [&[u8]; 3] = [
+            b"30 1 0:25 / /mnt/media ro,nosuid - tmpfs tinydc-absent ro,size=4k",
+            b"31 30 4095:77 / /mnt/media rw,noatime - ext4 /dev/vdb rw",
+            b"32 1 0:26 / /mnt/share rw - nfs4 nas:/share rw",
+        ];
+        let mounts: Vec<Mount> = lines.iter().filter_map(|line| mount(line)).collect();
+        let at = |count: usize, target: &str| uppermost(&mounts[..count], Path::new(target)).cloned();
+        let covered = at(1, "/mnt/media").unwrap();
+        assert!(covered.is_cover && !covered.is_alive());
+        let disk = at(3, "/mnt/media").unwrap();
+        assert_eq!((disk.device, disk.is_cover), ((4095, 77), false));
+        assert!(!disk.is_alive(), "there is no such device");
+        assert!(at(3, "/mnt/share").unwrap().is_alive());
+        assert_eq!(at(3, "/mnt"), None);
+        assert!(!mounts_of("self").unwrap().is_empty());
     }
 }

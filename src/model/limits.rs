@@ -34,6 +34,10 @@ pub const LOCAL_NETWORKS_MAX: usize = 32;
 pub const SECRET_BYTES_MAX: usize = 500_000;
 /// Hosts with a certificate: each has a row of a few kB on every node.
 pub const CERTIFICATES_MAX: usize = 1024;
+/// Entries about a node's absent disks are remembered, and the pause before the next quadruples with each: at most so
+/// many within an hour.
+pub const DISK_CHANGES_MAX: usize = 6;
+pub const DISK_CHANGES_WITHIN_MS: u64 = 3_600_000;
 /// Floating addresses on the LAN.
 pub const ADDRESSES_MAX: usize = 16;
 /// Events kept.

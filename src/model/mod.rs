@@ -3,6 +3,7 @@
 //! Plain data without behaviour that could differ between nodes: no clock, no randomness, no I/O.
 
 pub mod artifact;
+pub mod disk;
 pub mod health;
 pub mod ids;
 pub mod instance;
@@ -16,6 +17,7 @@ pub mod spec;
 pub mod time;
 
 pub use artifact::{Artifact, ArtifactKind, Digest, DigestError};
+pub use disk::{DiskSet, NodeDisk};
 pub use health::{DiskWear, MachineHealth, Trouble, Troubles};
 pub use ids::{
     AppName, ClusterId, InstanceId, NodeId, PublicKey, RequestId, ServiceId, StartId, StoreId, TokenId,

@@ -1,7 +1,9 @@
 //! A node as all nodes know it.
 
+use super::disk::{DiskSet, NodeDisk};
 use super::health::Troubles;
 use super::ids::{NodeId, PublicKey, StartId, StoreId};
+use super::spec::ServiceSpec;
 use super::time::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -91,4 +93,18 @@ pub struct Node {
     pub version: u64,
     /// What it has told of itself for a while; others are preferred for new instances.
     pub troubles: Troubles,
+    /// What it mounts beside its data, as its configuration names it.
+    pub disks: Vec<NodeDisk>,
+    /// Of these, those that have been absent for a while.
+    pub absent_disks: DiskSet,
+    /// When that last changed, newest last, within an hour: one that comes and goes must not fill the log.
+    pub disk_changes: Vec<Timestamp>,
+}
+
+impl Node {
+    /// Its disks that hold something the service binds, with their places in the list.
+    pub fn disks_of<'a>(&'a self, spec: &'a ServiceSpec) -> impl Iterator<Item = (usize, &'a NodeDisk)> {
+        let is_bound = |disk: &NodeDisk| spec.host_paths().any(|path| disk.holds(path));
+        self.disks.iter().enumerate().filter(move |(_, disk)| is_bound(disk))
+    }
 }

@@ -288,6 +288,14 @@ impl ServiceSpec {
         })
     }
 
+    /// Paths of the node's own file system that it binds.
+    pub fn host_paths(&self) -> impl Iterator<Item = &str> {
+        self.mounts.iter().filter_map(|mount| match &mount.source {
+            MountSource::HostPath { path } => Some(path.as_str()),
+            _ => None,
+        })
+    }
+
     /// Digests of content that a node needs before it can start an instance.
     pub fn content_digests(&self) -> BTreeSet<&Digest> {
         self.mounts

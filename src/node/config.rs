@@ -1,5 +1,6 @@
 //! `/etc/tinydc.toml`: what belongs to one machine. An unknown key is an error with its line.
 
+use crate::model::NodeDisk;
 use crate::transport::operators::OperatorKey;
 use serde::Deserialize;
 use std::net::SocketAddr;
@@ -34,8 +35,23 @@ pub struct Config {
     /// Used on a board, where tinydc keeps the clock.
     #[serde(default)]
     pub ntp: Vec<String>,
+    /// `LABEL=media:/mnt/media`: mounted by a board's first process, elsewhere by whoever does it. Services that bind one
+    /// don't run here while it is absent.
+    #[serde(default, deserialize_with = "read_disks")]
+    pub disks: Vec<NodeDisk>,
     /// `error`, `warn`, `info` (the default), `debug`.
     pub log: Option<String>,
+}
+
+fn read_disks<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<NodeDisk>, D::Error> {
+    use serde::de::Error;
+    let texts = Vec::<String>::deserialize(from)?;
+    let disks: Result<Vec<NodeDisk>, String> = texts.iter().map(|text| NodeDisk::parse(text)).collect();
+    let disks = disks.map_err(D::Error::custom)?;
+    match NodeDisk::conflict(&disks) {
+        Some((_, why)) => Err(D::Error::custom(why)),
+        None => Ok(disks),
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +123,9 @@ mod tests {
         let text = "name = \"pi1\"\n\noperators = [\"ssh-rsa AAAA ann\"]\n";
         let error = Config::parse(Path::new("x.toml"), text).unwrap_err().to_string();
         assert!(error.starts_with("x.toml:3: ") && error.contains("only ssh-ed25519"), "{error}");
+        let text = "name = \"pi1\"\n\ndisks = [\"LABEL=a:/mnt/a\", \"b:/mnt/b\"]\n";
+        let error = Config::parse(Path::new("x.toml"), text).unwrap_err().to_string();
+        assert!(error.starts_with("x.toml:3: ") && error.contains("is no disk"), "{error}");
     }
 
     #[test]

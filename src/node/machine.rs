@@ -1,6 +1,7 @@
 //! What the machine is and has: size, name, fingerprint, and the figures of the moment.
 
 use super::health::HealthWatch;
+use crate::agent::Disks;
 use crate::control::Figures;
 use crate::linux::disk::Space;
 use crate::model::{NodeSize, Timestamp};
@@ -69,11 +70,12 @@ pub struct Gauge {
     last: Mutex<Option<(Instant, Figures)>>,
     holdable: Arc<AtomicU16>,
     health: Arc<HealthWatch>,
+    disks: Disks,
 }
 
 impl Gauge {
-    pub fn new(data_dir: PathBuf, holdable: Arc<AtomicU16>, health: Arc<HealthWatch>) -> Gauge {
-        Gauge { data_dir, last: Mutex::new(None), holdable, health }
+    pub fn new(data_dir: PathBuf, holdable: Arc<AtomicU16>, health: Arc<HealthWatch>, disks: Disks) -> Gauge {
+        Gauge { data_dir, last: Mutex::new(None), holdable, health, disks }
     }
 
     pub fn read(&self) -> Figures {
@@ -92,6 +94,7 @@ impl Gauge {
             is_disk_full: Space::of(&self.data_dir).is_some_and(Space::is_low),
             holdable: self.holdable.load(Ordering::Relaxed),
             health: self.health.health(),
+            absent_disks: self.disks.absent(),
         };
         *last = Some((Instant::now(), figures));
         figures

@@ -4,7 +4,7 @@ use super::health::HealthWatch;
 use super::outgoing::{Carrier, Late, from_bytes};
 use super::{Awaiting, Config, Ended, Stop, founding, machine};
 use crate::agent::{
-    Agent, AgentConfig, Artifacts, Ground, Secrets, Ways, WaysKeeper, keep_leases, machine_end,
+    Agent, AgentConfig, Artifacts, Disks, Ground, Secrets, Ways, WaysKeeper, keep_leases, machine_end,
 };
 use crate::api::wire::{InitReply, JoinDone, TokenRequest};
 use crate::api::{
@@ -158,7 +158,7 @@ impl<'a> Run<'a> {
             Carrier { transport: transport.clone(), executor: executor.clone(), late: late.clone(), halt };
         let holdable = Arc::new(AtomicU16::new(0));
         let health = HealthWatch::start(&data_dir);
-        let replica = start_replica(&data_dir, (node, start_id), carrier, (&holdable, &health))?;
+        let replica = start_replica(config, (node, start_id), carrier, (&holdable, &health))?;
         // Before anyone is greeted: a greeting without the log's end would look like an old backup.
         if let Some(status) = async_io::block_on(replica.handle().status()) {
             transport.set_position(status.term, status.last_index);
@@ -369,7 +369,8 @@ impl<'a> Run<'a> {
         let backend = self.late.backend.clone();
         let open = Box::new(move |sealed: &_| open_sealed(backend.get(), sealed));
         let secrets = Arc::new(Secrets::new(self.node, &self.config.run_dir(), open));
-        Ok(Ground { runtime, network, artifacts, data_dir, lease: Arc::default(), secrets })
+        let disks = Arc::new(Disks::new(self.config.disks.clone()));
+        Ok(Ground { runtime, network, artifacts, data_dir, lease: Arc::default(), secrets, disks })
     }
 
     /// Answers whoever asked for `init` or `join`.
@@ -459,14 +460,16 @@ fn transport_config(
 }
 
 fn start_replica(
-    data_dir: &std::path::Path,
+    node_config: &Config,
     (node, start_id): (NodeId, StartId),
     carrier: Carrier,
     (holdable, health): (&Arc<AtomicU16>, &Arc<HealthWatch>),
 ) -> Result<Replica> {
-    let store = SqliteStore::open(data_dir)?;
-    let gauge = machine::Gauge::new(data_dir.into(), holdable.clone(), health.clone());
-    let is_founding = founding::pending_founding(data_dir).is_some();
+    let data_dir = node_config.data_dir();
+    let store = SqliteStore::open(&data_dir)?;
+    let is_founding = founding::pending_founding(&data_dir).is_some();
+    let disks = Disks::new(node_config.disks.clone());
+    let gauge = machine::Gauge::new(data_dir, holdable.clone(), health.clone(), disks);
     let config = ReplicaConfig {
         control: ControlConfig { node, start_id, seed: start_id.0 as u64 },
         figures: Box::new(move || gauge.read()),

@@ -8,6 +8,7 @@
 
 pub mod addresses;
 pub mod certificates;
+mod disks;
 mod instances;
 mod placement;
 mod reasons;
@@ -15,9 +16,10 @@ mod rollout;
 #[cfg(test)]
 mod tests;
 
+pub use disks::{absent_disks, absent_sentence, disk_reason};
 pub use reasons::{pending_reason, waits_for};
 
-use crate::model::{MachineHealth, NodeId, Timestamp};
+use crate::model::{DiskSet, MachineHealth, NodeId, StartId, Timestamp};
 use crate::state::{PlanStep, State};
 use std::collections::BTreeMap;
 
@@ -30,6 +32,10 @@ pub struct Heard {
     /// Free space is below the mark: nothing new goes there.
     pub is_disk_full: bool,
     pub health: MachineHealth,
+    /// The run of its daemon that told this.
+    pub run: Option<StartId>,
+    /// Of the disks that its configuration names.
+    pub absent_disks: DiskSet,
 }
 
 pub type HeardNodes = BTreeMap<NodeId, Heard>;

@@ -1,10 +1,10 @@
 //! Chooses a node for each instance that has none.
 //!
 //! Eligible: up, not drained, not free of placements after losses, the architecture fits, constraints hold, data
-//! lies there or nowhere, ports are free, reservations and memory fit. Among those: the fewest instances of the
+//! lies there or nowhere, the disks it binds are there, ports are free, reservations and memory fit. Among those: the fewest instances of the
 //! same service, then spread over the labels asked for, then the least reserved memory, then the lowest id.
 
-use super::{HeardNodes, reasons};
+use super::{HeardNodes, disks, reasons};
 use crate::model::*;
 use crate::state::{PlanStep, Service, State};
 use std::collections::BTreeMap;
@@ -20,10 +20,21 @@ pub enum Obstacle {
     Architecture(String),
     Constraint(String),
     DataElsewhere(NodeId),
+    /// `media (/mnt/media)`: it names this disk, which is not there.
+    DiskAbsent(String),
+    /// Another node names a disk where the service binds a path; this one has none.
+    DiskElsewhere {
+        path: String,
+        holder: NodeId,
+    },
     PortTaken(u16),
     CountPerNode(u32),
-    Cpu { missing_millis: u64 },
-    Memory { missing_bytes: u64 },
+    Cpu {
+        missing_millis: u64,
+    },
+    Memory {
+        missing_bytes: u64,
+    },
 }
 
 /// What is promised on each node, while one plan adds to it.
@@ -167,6 +178,9 @@ impl<'a> Ledger<'a> {
         if let Some(holder) = self.data_nodes(service).into_iter().find(|holder| *holder != node.id) {
             return Some(Obstacle::DataElsewhere(holder));
         }
+        if let Some(obstacle) = self.disk_obstacle(node, service, spec) {
+            return Some(obstacle);
+        }
         self.shortage(node, service, spec)
     }
 
@@ -185,6 +199,20 @@ impl<'a> Ledger<'a> {
         } else {
             None
         }
+    }
+
+    /// A disk that it binds is absent, or is another node's: there the path would be an empty folder.
+    fn disk_obstacle(&self, node: &Node, service: &Service, spec: &ServiceSpec) -> Option<Obstacle> {
+        if let Some(disk) = disks::absent_disk_of(node, self.heard, spec) {
+            return Some(Obstacle::DiskAbsent(disk.to_string()));
+        }
+        // A global service's instance is for its node, whatever that has.
+        let path =
+            spec.host_paths().find(|path| !service.spec.is_global && !disks::names_disk_at(node, path))?;
+        let may_take = |other: &&Node| !other.is_leaving && satisfies(self.state, other, spec);
+        let mut others = self.state.nodes.rows().filter(may_take);
+        let holder = others.find(|other| disks::names_disk_at(other, path))?.id;
+        Some(Obstacle::DiskElsewhere { path: path.into(), holder })
     }
 
     /// Where its volumes lie, also by what this plan has decided.

@@ -1,7 +1,7 @@
 //! Says in one sentence, with numbers, why an instance has no node.
 
-use super::HeardNodes;
 use super::placement::{Ledger, Obstacle};
+use super::{HeardNodes, disks};
 use crate::model::*;
 use crate::state::{Service, State};
 use std::collections::BTreeMap;
@@ -57,13 +57,15 @@ fn rank(obstacle: &Obstacle) -> u8 {
         Obstacle::PortTaken(_) => 2,
         Obstacle::CountPerNode(_) => 3,
         Obstacle::DataElsewhere(_) => 4,
-        Obstacle::Constraint(_) => 5,
-        Obstacle::Architecture(_) => 6,
-        Obstacle::Drained => 7,
-        Obstacle::Down => 8,
-        Obstacle::Unsteady => 9,
-        Obstacle::DiskStalled => 10,
-        Obstacle::DiskFull => 11,
+        Obstacle::DiskAbsent(_) => 5,
+        Obstacle::DiskElsewhere { .. } => 6,
+        Obstacle::Constraint(_) => 7,
+        Obstacle::Architecture(_) => 8,
+        Obstacle::Drained => 9,
+        Obstacle::Down => 10,
+        Obstacle::Unsteady => 11,
+        Obstacle::DiskStalled => 12,
+        Obstacle::DiskFull => 13,
     }
 }
 
@@ -93,6 +95,11 @@ fn sentence(state: &State, group: &[(&Node, Obstacle)]) -> String {
         }
         Obstacle::DataElsewhere(holder) => {
             format!("{} not have its data, which is on {}", verb("does", "do"), state.node_name(*holder))
+        }
+        Obstacle::DiskAbsent(disk) => return disks::absent_sentence(disk, &who),
+        Obstacle::DiskElsewhere { path, holder } => {
+            let holder = state.node_name(*holder);
+            format!("{} no disk for {path}, which {holder} has", verb("has", "have"))
         }
         Obstacle::Constraint(text) => format!("{} not satisfy {text}", verb("does", "do")),
         Obstacle::Architecture(wanted) => {

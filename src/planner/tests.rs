@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::model::*;
-use crate::state::Command;
 use crate::state::testing::{Applier, spec, start};
+use crate::state::{Command, PlanStep};
 use std::collections::BTreeMap;
 
 fn heard() -> HeardNodes {
@@ -260,4 +260,108 @@ fn an_image_goes_only_where_it_runs() {
         settle(&mut applier, Phase::Running);
         assert_eq!(by_node(&applier), [(2, 1), (3, 1)].into());
     }
+}
+
+fn binds(path: &str) -> ServiceSpec {
+    let source = MountSource::HostPath { path: path.into() };
+    let mount = MountSpec { target: "/data".into(), is_read_only: false, source };
+    ServiceSpec { mounts: vec![mount], ..spec("1") }
+}
+
+/// Nodes 1 to 3, of which this one names a disk `media`.
+fn with_disk(node: u64) -> Applier {
+    let mut applier = Applier::with_nodes(3);
+    let disks = vec![NodeDisk { label: "media".into(), target: "/mnt/media".into() }];
+    applier.must(Command::NoteDisks { node: NodeId(node), disks });
+    applier
+}
+
+/// What a node's newest figures say of its first disk.
+fn hears(applier: &Applier, node: u64, is_absent: bool) -> HeardNodes {
+    let mut absent_disks = DiskSet::default();
+    if is_absent {
+        absent_disks.insert(0);
+    }
+    let run = applier.state.nodes.find(&NodeId(node)).and_then(|node| node.start_id);
+    [(NodeId(node), Heard { run, absent_disks, ..Heard::default() })].into()
+}
+
+fn assigned(applier: &Applier, heard: &HeardNodes) -> Vec<u64> {
+    let steps = plan(&applier.state, heard, applier.state.time());
+    let node = |step: &PlanStep| match step {
+        PlanStep::Assign { node, .. } => Some(node.0),
+        _ => None,
+    };
+    steps.iter().filter_map(node).collect()
+}
+
+#[test]
+fn what_binds_a_disk_is_placed_where_it_is_and_only_while_it_is_there() {
+    let mut applier = with_disk(2);
+    applier.deploy("cinema", &[("films", binds("/mnt/media/films")), ("other", binds("/mnt"))]);
+    let steps = plan(&applier.state, &heard(), applier.state.time());
+    applier.must(Command::Plan { steps });
+    let films = applier.state.services.rows().find(|service| service.name == "films").unwrap().id;
+    let row = applier.state.instances_of(films).next().unwrap().clone();
+    let reason = |applier: &Applier, heard: &HeardNodes| {
+        pending_reason(&applier.state, heard, &row, applier.state.time()).unwrap_or_default()
+    };
+    let there = hears(&applier, 2, false);
+    assert_eq!(assigned(&applier, &there), [2, 1], "films and other");
+    let absent = hears(&applier, 2, true);
+    assert_eq!(assigned(&applier, &absent), [1], "only what does not bind it");
+    assert_eq!(
+        reason(&applier, &absent),
+        "disk media (/mnt/media) is absent on pi-2: plug it in, or take the mount out of the service; 2 nodes have no \
+         disk for /mnt/media/films, which pi-2 has"
+    );
+    // Figures of a run whose list of disks the state does not know say nothing.
+    let mut other_run = absent.clone();
+    other_run.values_mut().for_each(|heard| heard.run = Some(StartId(77)));
+    assert_eq!(assigned(&applier, &other_run), [2, 1]);
+    // A node that was not heard is as the state says.
+    let start_id = applier.state.nodes.find(&NodeId(2)).and_then(|node| node.start_id).unwrap();
+    let absent = DiskSet::default();
+    assert!(
+        applier.apply(Command::NoteAbsentDisks { node: NodeId(2), start_id, absent }).is_err(),
+        "no news"
+    );
+    let mut absent = DiskSet::default();
+    absent.insert(0);
+    let stale = Command::NoteAbsentDisks { node: NodeId(2), start_id: StartId(77), absent };
+    assert!(applier.apply(stale).is_err(), "another run");
+    applier.must(Command::NoteAbsentDisks { node: NodeId(2), start_id, absent });
+    assert_eq!(assigned(&applier, &heard()), [1]);
+    assert_eq!(assigned(&applier, &there), [2, 1], "what was heard is newer");
+    let texts: Vec<String> = applier.state.events.rows().map(|event| event.text.clone()).collect();
+    assert!(
+        texts.iter().any(|text| text.starts_with("pi-2: disk media (/mnt/media) is absent")),
+        "{texts:?}"
+    );
+}
+
+#[test]
+fn an_instance_whose_disk_was_pulled_stays_with_its_data() {
+    let mut applier = with_disk(2);
+    applier.deploy("cinema", &[("films", binds("/mnt/media"))]);
+    settle(&mut applier, Phase::Running);
+    let absent = hears(&applier, 2, true);
+    let row = applier.state.instances.rows().next().unwrap().clone();
+    assert_eq!(row.node, Some(NodeId(2)));
+    assert_eq!(disk_reason(&applier.state, &hears(&applier, 2, false), &row), None);
+    let why = disk_reason(&applier.state, &absent, &row).unwrap();
+    assert!(why.starts_with("disk media (/mnt/media) is absent on pi-2: plug it in"), "{why}");
+    applier.report(NodeId(2), row.id, Phase::Lost, false);
+    assert_eq!(plan(&applier.state, &absent, applier.state.time()), Vec::new());
+}
+
+#[test]
+fn a_constraint_counts_before_another_node_s_disk() {
+    let mut applier = with_disk(2);
+    let constraint =
+        Constraint { subject: ConstraintSubject::NodeName, must_equal: true, value: "pi-3".into() };
+    let placement = PlacementSpec { constraints: vec![constraint], ..PlacementSpec::default() };
+    applier.deploy("cinema", &[("films", ServiceSpec { placement, ..binds("/mnt/media") })]);
+    settle(&mut applier, Phase::Running);
+    assert_eq!(by_node(&applier), [(3, 1)].into());
 }

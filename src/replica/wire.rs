@@ -130,7 +130,7 @@ mod tests {
     fn golden_bytes_of_frames() {
         let alive = Alive { start_id: StartId(1), seq: 2, figures: Figures::default(), wall: None };
         let bytes = PeerFrame::Alive(alive).encode();
-        assert_eq!(bytes, [1, 2, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(bytes, [1, 2, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         assert_eq!(PeerFrame::decode(&bytes).expect("decodes"), PeerFrame::Alive(alive));
         let hint = EndpointHint { start_id: StartId(1), seq: 2, down: vec![InstanceId(300)] };
         let bytes = PeerFrame::Endpoints(hint.clone()).encode();

@@ -56,6 +56,10 @@ impl State {
             Command::MarkNodeDown { node, start_id } => members::mark_down(self, *node, *start_id),
             Command::MarkNodeUp { node, start_id } => members::mark_up(self, *node, *start_id),
             Command::NoteTroubles { node, troubles } => members::note_troubles(self, *node, *troubles),
+            Command::NoteDisks { node, disks } => members::note_disks(self, *node, disks),
+            Command::NoteAbsentDisks { node, start_id, absent } => {
+                members::note_absent_disks(self, *node, *start_id, *absent)
+            }
             Command::ConfirmKey { node, has_key } => members::confirm_key(self, *node, *has_key),
             Command::DrainNode { node, is_drained } => members::drain(self, *node, *is_drained),
             Command::LabelNode { node, set, remove } => members::label(self, *node, set, remove),

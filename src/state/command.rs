@@ -217,6 +217,17 @@ pub enum Command {
         node: NodeId,
         troubles: Troubles,
     },
+    /// The disks that a node's configuration names.
+    NoteDisks {
+        node: NodeId,
+        disks: Vec<NodeDisk>,
+    },
+    /// Which of them this run of its daemon has missed for a while.
+    NoteAbsentDisks {
+        node: NodeId,
+        start_id: StartId,
+        absent: DiskSet,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

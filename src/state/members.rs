@@ -4,7 +4,7 @@ use super::State;
 use super::apply::not_found;
 use super::command::{JoinNode, Outcome, Rejection, Reply};
 use super::rows::{Cluster, Role, Token, TokenKind, User};
-use crate::model::limits::NODES_MAX;
+use crate::model::limits::{DISK_CHANGES_MAX, DISK_CHANGES_WITHIN_MS, NODES_MAX};
 use crate::model::*;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -102,6 +102,9 @@ fn add_node(state: &mut State, join: &JoinNode) -> Result<(NodeId, String), Reje
         software: join.software.clone(),
         version: 1,
         troubles: Troubles::default(),
+        disks: Vec::new(),
+        absent_disks: DiskSet::default(),
+        disk_changes: Vec::new(),
     };
     state.nodes.put(id, node);
     Ok((id, name))
@@ -302,6 +305,51 @@ pub fn note_troubles(state: &mut State, id: NodeId, troubles: Troubles) -> Outco
     }
     for trouble in old.iter().filter(|trouble| !troubles.has(*trouble)) {
         state.note("node_recovered", name.clone(), format!("{name}: {} is over", trouble.name()));
+    }
+    Ok(Reply::Done)
+}
+
+/// What a node's configuration names now: told before its run announces itself, so that a run's figures fit the list.
+pub fn note_disks(state: &mut State, id: NodeId, disks: &[NodeDisk]) -> Outcome {
+    if state.existing_node(id)?.disks == disks {
+        return Err(Rejection::Stale);
+    }
+    if let Some((_, why)) = NodeDisk::conflict(disks) {
+        return Err(Rejection::Invalid(why));
+    }
+    state.nodes.update(&id, |node| {
+        node.disks = disks.to_vec();
+        node.absent_disks = DiskSet::default();
+        node.version += 1;
+    });
+    Ok(Reply::Done)
+}
+
+/// Only for the run of the daemon that told it.
+pub fn note_absent_disks(state: &mut State, id: NodeId, start_id: StartId, absent: DiskSet) -> Outcome {
+    let node = state.existing_node(id)?;
+    let absent = absent.within(node.disks.len());
+    if node.start_id != Some(start_id) || node.absent_disks == absent {
+        return Err(Rejection::Stale);
+    }
+    let (name, disks, before, now) = (node.name.clone(), node.disks.clone(), node.absent_disks, state.time());
+    state.nodes.update(&id, |node| {
+        node.absent_disks = absent;
+        node.disk_changes.retain(|at| now.since_ms(*at) < DISK_CHANGES_WITHIN_MS);
+        node.disk_changes.push(now);
+        let excess = node.disk_changes.len().saturating_sub(DISK_CHANGES_MAX);
+        node.disk_changes.drain(..excess);
+        node.version += 1;
+    });
+    for (index, disk) in disks.iter().enumerate() {
+        match (before.has(index), absent.has(index)) {
+            (false, true) => {
+                let text = format!("{name}: disk {disk} is absent: plug it in; what binds it waits");
+                state.note("disk_absent", name.clone(), text);
+            }
+            (true, false) => state.note("disk_back", name.clone(), format!("{name}: disk {disk} is back")),
+            _ => {}
+        }
     }
     Ok(Reply::Done)
 }

@@ -8,6 +8,7 @@
 
 mod boot;
 mod cluster;
+mod disks;
 mod field;
 mod guest;
 mod image;
@@ -44,6 +45,7 @@ const CASES: &[&[Case]] = &[
     mixed::CASES,
     cluster::CASES,
     wireguard::CASES,
+    disks::CASES,
     network::CASES,
     boot::CASES,
 ];

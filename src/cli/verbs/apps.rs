@@ -5,7 +5,7 @@ use argh::FromArgs;
 use super::cluster::show_joining;
 use super::people::ago;
 use crate::api::wire::{
-    AppsBody, InstanceBody, InstancesBody, NodeBody, ServiceBody, StatusBody, VolumeBody,
+    AppsBody, InstanceBody, InstancesBody, NodeBody, NodeDiskBody, ServiceBody, StatusBody, VolumeBody,
 };
 use crate::cli::client::escape;
 use crate::cli::figures::{age, count, size};
@@ -194,6 +194,22 @@ fn print_cluster(status: &StatusBody) {
         disk_table(&status.nodes).print();
         print_line("");
     }
+    let absent: Vec<String> = status.nodes.iter().flat_map(absent_disks).collect();
+    if !absent.is_empty() {
+        absent.iter().for_each(|line| print_line(line));
+        print_line("");
+    }
+}
+
+/// What a node's configuration mounts and is not there; a node that is down has nothing to say of it.
+pub fn absent_disks(node: &NodeBody) -> Vec<String> {
+    let absent = node.disks.iter().filter(|disk| disk.is_absent && node.state != "down");
+    let line = |disk: &NodeDiskBody| {
+        let NodeDiskBody { label, mount_point, .. } = disk;
+        let name = &node.name;
+        format!("{name}: disk {label} ({mount_point}) is absent: plug it in; services that bind it wait")
+    };
+    absent.map(line).collect()
 }
 
 /// The machines: how long their cards last, and how they are.

@@ -9,7 +9,7 @@ use argh::FromArgs;
 use hyper::Method;
 use serde_json::Value;
 
-use super::apps::{lasts, node_table};
+use super::apps::{absent_disks, lasts, node_table};
 use crate::api::wire::{
     AcceptReply, AcceptRequest, LabelsRequest, NodeBody, PendingBody, RecoverReply, RecoverRequest,
 };
@@ -310,6 +310,8 @@ fn print_node(node: &NodeBody) {
         let (today, all) = (size(disk.written_today_bytes), size(disk.written_bytes));
         format!("{}, {today} written today, {all} since install{lasts}", size(disk.size_bytes))
     });
+    let disks: Vec<String> =
+        node.disks.iter().map(|disk| format!("{} ({})", disk.label, disk.mount_point)).collect();
     let temperature = node.temperature_celsius.map_or(String::new(), |celsius| format!("{celsius} °C"));
     let cpu = format!("{} cores, {} reserved", cores(node.cpu_millis), cores(node.reserved_cpu_millis));
     let lines = [
@@ -323,6 +325,7 @@ fn print_node(node: &NodeBody) {
         ("cpu", cpu),
         ("memory", memory),
         ("disk", disk),
+        ("disks", disks.join(", ")),
         ("temperature", temperature),
         ("instances", node.instances.to_string()),
         ("labels", labels.join(" ")),
@@ -337,6 +340,9 @@ fn print_node(node: &NodeBody) {
         Trouble::ALL.into_iter().filter(|trouble| node.troubles.iter().any(|code| code == trouble.code()));
     for trouble in troubles {
         print_line(&format!("{:<13} {}", "trouble", trouble.text()));
+    }
+    for line in absent_disks(node) {
+        print_line(&format!("{:<13} {line}", "trouble"));
     }
 }
 
