@@ -85,6 +85,30 @@ pub fn places(field: &Field, app: &str) -> Result<Vec<String>> {
     Ok(instances.filter(is_up).filter_map(|row| row["node"].as_str().map(String::from)).collect())
 }
 
+/// Deploys, and waits until an app's instances run on these boards. Tried again while a busy emulator has no leader.
+pub fn deploy_to(field: &Field, app: &str, text: &str, boards: &[&str]) -> Result<()> {
+    fs::write(field.laptop_dir().join("compose.yaml"), text)?;
+    let limit = Duration::from_secs(180);
+    until(&format!("{app} is taken"), limit, || {
+        field.laptop(&["deploy", "--name", app, "--detach"]).map(|_| true)
+    })?;
+    let mut spread = Vec::new();
+    let waited = until("it runs", limit, || {
+        spread = places(field, app)?;
+        spread.sort();
+        Ok(spread == boards)
+    });
+    waited.with_context(|| format!("{app} runs on {spread:?}, not {boards:?}"))
+}
+
+/// The same for an image, from an archive beside the laptop's contexts.
+pub fn load_archive(field: &Field, archive: &[u8]) -> Result<()> {
+    fs::write(field.laptop_dir().join("image.tar"), archive)?;
+    until("the image is loaded", Duration::from_secs(120), || {
+        field.laptop(&["image", "load", "image.tar"]).map(|_| true)
+    })
+}
+
 pub fn add_founder(field: &mut Field) -> Result<usize> {
     field.serve_dhcp(10, 3600)?;
     field.add(Setup::new("name = \"pi1\"\nbootstrap = true\n"))

@@ -1,11 +1,10 @@
 //! Boards of two architectures in one cluster, and images for both, for one and for the other.
 
 use crate::Case;
-use crate::cluster::{form_with, guest_binary, places};
+use crate::cluster::{deploy_to, form_with, guest_binary, load_archive};
 use crate::field::{Field, until};
 use crate::image::multi_platform;
-use anyhow::{Context, Result, ensure};
-use std::fs;
+use anyhow::{Result, ensure};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -30,43 +29,28 @@ fn arm_binary() -> PathBuf {
         .map_or("target/cross/build/aarch64-unknown-linux-musl/dist/tinydc".into(), PathBuf::from)
 }
 
-fn load(field: &Field, name: &str, platforms: &[(&str, PathBuf)]) -> Result<()> {
-    let path = field.laptop_dir().join("image.tar");
-    fs::write(&path, multi_platform(name, platforms)?)?;
-    field.laptop(&["image", "load", "image.tar"]).map(drop)
-}
-
-/// Deploys, and waits until an app's instances run on these boards.
-fn deploy(field: &Field, app: &str, text: &str, where_to: &[&str]) -> Result<()> {
-    fs::write(field.laptop_dir().join("compose.yaml"), text)?;
-    field.laptop(&["deploy", "--name", app, "--detach"])?;
-    let mut spread = Vec::new();
-    let waited = until(&format!("{app} runs on {where_to:?}"), Duration::from_secs(180), || {
-        spread = places(field, app)?;
-        spread.sort();
-        Ok(spread == where_to)
-    });
-    waited.with_context(|| format!("{app} runs on {spread:?}"))
-}
-
 fn mixed(field: &mut Field) -> Result<()> {
     form_with(field, &["qemu-aarch64", "qemu-aarch64"])?;
     let (pc, arm) = (("amd64", guest_binary()), ("arm64", arm_binary()));
-    load(field, "both:1", &[pc.clone(), arm.clone()])?;
+    load_archive(field, &multi_platform("both:1", &[pc.clone(), arm.clone()])?)?;
     let listed = field.laptop(&["image", "ls"])?;
     ensure!(listed.contains("amd64 arm64"), "{listed}");
     let begin = Instant::now();
-    deploy(field, "shop", BOTH, &["pi1", "pi2", "pi3"])?;
+    deploy_to(field, "shop", BOTH, &["pi1", "pi2", "pi3"])?;
     field.note("one image for both, deployed", begin);
     for (number, architecture) in [(11, "(amd64)"), (12, "(arm64)"), (13, "(arm64)")] {
-        let page = field.http(field.address(number), 8081, "/")?;
+        let mut page = String::new();
+        until("the board's own port answers", Duration::from_secs(30), || {
+            page = field.http(field.address(number), 8081, "/")?;
+            Ok(true)
+        })?;
         ensure!(page.contains(architecture), "guest {number} runs its own: {page}");
         field.remark(page.trim().to_string());
     }
 
     // Both come in by the PC, which can't run the second.
-    load(field, "pc:1", &[pc])?;
-    load(field, "arm:1", &[arm])?;
+    load_archive(field, &multi_platform("pc:1", &[pc])?)?;
+    load_archive(field, &multi_platform("arm:1", &[arm])?)?;
     let begin = Instant::now();
     for (app, replicas, where_to) in
         [("pc", "replicas: 2", ["pi1", "pi1"]), ("arm", "replicas: 2", ["pi2", "pi3"])]
@@ -75,7 +59,7 @@ fn mixed(field: &mut Field) -> Result<()> {
             "services:\n  web:\n    image: {app}:1\n    \
              deploy: {{{replicas}, resources: {{reservations: {{memory: 8M}}}}}}\n"
         );
-        deploy(field, app, &text, &where_to)?;
+        deploy_to(field, app, &text, &where_to)?;
     }
     field.note("two images for one each, deployed", begin);
     until("a second board has each image whole, for both architectures", Duration::from_secs(60), || {

@@ -2,11 +2,10 @@
 //! between two containers, with the LAN listened to.
 
 use crate::Case;
-use crate::cluster::form;
+use crate::cluster::{deploy_to, form, load_archive};
 use crate::field::{Field, until};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeSet;
-use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::path::Path;
@@ -172,7 +171,6 @@ impl Ear {
     }
 }
 
-/// What is heard while the connection says this many milliseconds' worth.
 fn overheard(field: &Field, time: Duration) -> Result<Heard> {
     let ear = Ear::open(field)?;
     thread::sleep(time);
@@ -196,8 +194,7 @@ fn load_busybox(field: &Field) -> Result<()> {
     let busybox = Path::new("/bin/busybox");
     ensure!(busybox.exists(), "there is no /bin/busybox: apt-get install busybox-static");
     let image = lab::image_with("busy:1", &[(busybox, "/bin/busybox")], &["/bin/busybox".into()], &[])?;
-    fs::write(field.laptop_dir().join("busy.tar"), image)?;
-    field.laptop(&["image", "load", "busy.tar"]).map(drop)
+    load_archive(field, &image)
 }
 
 /// Where a service's only container is.
@@ -212,8 +209,7 @@ fn endpoint_of(field: &Field, service: &str) -> Result<String> {
 fn wireguard(field: &mut Field) -> Result<()> {
     form(field, 2)?;
     load_busybox(field)?;
-    fs::write(field.laptop_dir().join("compose.yaml"), APP)?;
-    field.laptop(&["deploy", "--name", "talk", "--timeout", "120s"])?;
+    deploy_to(field, "talk", APP, &["pi1", "pi2"])?;
     let talk = Talk::begin(field, &endpoint_of(field, "server")?)?;
     until("the message is seen in clear", LIMIT, || {
         Ok(overheard(field, Duration::from_millis(500))?.marks > 0)
@@ -234,14 +230,15 @@ fn wireguard(field: &mut Field) -> Result<()> {
     ensure!(before.marks == 0 && before.clear == 0, "the containers are read on the LAN: {before:?}");
     ensure!(before.data > 0 && before.ports.len() == 1, "WireGuard's packets: {before:?}");
 
-    let begin = Instant::now();
+    let (begin, ear) = (Instant::now(), Ear::open(field)?);
     field.laptop(&["settings", "encrypt_rotation", "10"])?;
     until("the other tunnel with new keys is used", LIMIT, || {
         let heard = overheard(field, Duration::from_millis(500))?;
-        ensure!(heard.marks == 0 && heard.clear == 0, "read on the LAN at the change of keys: {heard:?}");
         Ok(heard.data > 0 && heard.ports.is_disjoint(&before.ports))
     })?;
     field.note("new keys", begin);
+    let change = ear.close()?;
+    ensure!(change.marks == 0 && change.clear == 0, "read on the LAN at the change of keys: {change:?}");
     field.laptop(&["settings", "encrypt_rotation", "604800"])?;
     talk.check(field, "new keys")?;
 

@@ -383,6 +383,8 @@ fn an_image_travels_through_skopeo_a_registry_and_an_oci_archive() {
     let client = RegistryClient::new(RegistryConfig::default()).unwrap();
     let (image, platform) = (ImageReference::parse(&name).unwrap(), Platform::host());
     let resolved = client.resolve(&image).unwrap();
+    // Of an image without an index its configuration tells.
+    assert_eq!(resolved.platforms[0].architecture, platform.architecture);
     let request = PullRequest {
         image: &image,
         digest: &resolved.digest,
