@@ -99,7 +99,7 @@ fn main() -> std::process::ExitCode {
     }
     let mut is_good = true;
     if !is_json {
-        println!("{:<44} {:>12} {:<14} {:>10}  {}", "MEASURED", "VALUE", "UNIT", "BUDGET", "BESIDE");
+        println!("{:<44} {:>12} {:<14} {:>10}  BESIDE", "MEASURED", "VALUE", "UNIT", "BUDGET");
     }
     for (name, benchmark) in
         BENCHMARKS.iter().filter(|(name, _)| wanted.is_empty() || wanted.iter().any(|one| one == name))
@@ -268,7 +268,7 @@ fn idle() -> Result<Vec<Row>> {
     for meter in &meters {
         idle += meter.bytes_since()?;
     }
-    let daemons = lab.nodes.iter().map(|node| meter::pss_of_daemon(node)).collect::<Result<Vec<_>>>()?;
+    let daemons = lab.nodes.iter().map(meter::pss_of_daemon).collect::<Result<Vec<_>>>()?;
     let shims = meter::pss_of_shims(&lab)?;
     lab.nodes[0].post("/v1/apps/bench/scale", &serde_json::json!({ "replicas": { "web": 9 } }))?;
     let mut after = 0;

@@ -36,7 +36,7 @@ struct Talk {
 }
 
 impl Talk {
-    fn begin(server: &PathBuf, address: Ipv4Addr, client: PathBuf) -> Result<Talk> {
+    fn begin(server: &Path, address: Ipv4Addr, client: PathBuf) -> Result<Talk> {
         let listener = netns::in_netns(server, || TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)))?;
         thread::spawn(move || -> std::io::Result<()> {
             let (mut stream, _) = listener.accept()?;

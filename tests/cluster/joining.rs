@@ -77,7 +77,7 @@ fn wait_up(stage: &Stage, index: usize, names: &[&str]) -> Result<()> {
         let nodes = stage.lab.nodes[index].get("/v1/nodes")?;
         let all = nodes["nodes"].as_array().cloned().unwrap_or_default();
         let is_up = |name: &&str| all.iter().any(|node| node["name"] == **name && node["state"] == "up");
-        Ok(names.iter().all(|name| is_up(&name)) && all.len() == names.len())
+        Ok(names.iter().all(is_up) && all.len() == names.len())
     })
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -313,7 +313,7 @@ const LOCALHOST_QUESTION: &[u8] =
     b"\x47\x11\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00\x09localhost\x00\x00\x01\x00\x01";
 
 /// Where nodes listen for each other, and what each has for its own containers only.
-fn closed_to_containers(stage: &Stage, from: &PathBuf) -> Result<()> {
+fn closed_to_containers(stage: &Stage, from: &Path) -> Result<()> {
     let own =
         stage.lab.nodes.iter().position(|node| from.starts_with(&node.dir)).context("it runs on a node")?;
     for (index, node) in stage.lab.nodes.iter().enumerate() {
@@ -675,7 +675,7 @@ pub(crate) fn on_node(stage: &Stage, node: &str) -> Result<(PathBuf, Ipv4Addr)> 
 }
 
 /// Sends 64 MiB from one container to another: full segments must find their way.
-fn transfer(server: &PathBuf, address: Ipv4Addr, client: &PathBuf) -> Result<f64> {
+fn transfer(server: &Path, address: Ipv4Addr, client: &Path) -> Result<f64> {
     use std::io::{Read, Write};
     const BYTES: usize = 64 << 20;
     let listener = netns::in_netns(server, || std::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, 9000)))?;

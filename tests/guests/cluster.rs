@@ -309,7 +309,7 @@ fn limits(field: &mut Field) -> Result<()> {
         let told = field.laptop(&["ps", "diner"])?.to_lowercase();
         Ok(told.contains("memory"))
     })?;
-    field.remark(format!("deploy: {}", refused.map_or_else(|error| format!("{error:#}"), |said| said)));
+    field.remark(format!("deploy: {}", refused.unwrap_or_else(|error| format!("{error:#}"))));
     until("its neighbour runs on", Duration::from_secs(20), || {
         let status = field.laptop_json(&["status"])?;
         let services = status["services"].as_array().cloned().unwrap_or_default();

@@ -7,7 +7,7 @@ use crate::guest::{START_LIMIT, Setup};
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -110,7 +110,7 @@ fn await_event(field: &Field, text: &str) -> Result<()> {
     until(&format!("the event {text:?}"), LIMIT, || Ok(field.laptop(&["events"])?.contains(text)))
 }
 
-fn start(field: &mut Field, disk: &PathBuf) -> Result<()> {
+fn start(field: &mut Field, disk: &Path) -> Result<()> {
     field.serve_dhcp(10, 3600)?;
     let settings = "name = \"pi1\"\nbootstrap = true\ndisks = [\"LABEL=media:/mnt/media\"]\n";
     let setup = Setup { machine_words: words(disk), ..Setup::new(settings) };
@@ -139,7 +139,7 @@ fn disk_pulled(field: &mut Field) -> Result<()> {
     // Its mount point takes no writes meanwhile, from whomever.
     until("a write to it is refused", LIMIT, || {
         let written = field.laptop(&["exec", "cinema/plain", "/tinydc", "hello", "--keep", "/mnt/media/x"]);
-        let why = written.map_or_else(|error| format!("{error:#}"), |said| said);
+        let why = written.unwrap_or_else(|error| format!("{error:#}"));
         // A guest shares its processor with much else, and may not answer in time.
         ensure!(why.contains("Read-only file system") || why.contains("answers"), "{why}");
         Ok(why.contains("Read-only file system"))

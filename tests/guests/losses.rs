@@ -71,6 +71,11 @@ impl Log {
         self.entries.iter().filter(|entry| entry.flags & FLUSH != 0).count()
     }
 
+    /// How many of the first `until` writes came after their last flush.
+    pub fn unflushed(&self, until: usize) -> usize {
+        self.entries[..until].iter().rev().take_while(|entry| entry.flags & FLUSH == 0).count()
+    }
+
     /// Brings the first `until` writes onto the disk. What came after their last flush but `forgotten` is written or
     /// lost by the toss of a coin; with `forgotten` above 0 the disk is one that lied about its flushes. Returns how
     /// many writes were lost.

@@ -7,11 +7,13 @@ use crate::image;
 use crate::losses::Log;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
+use sha2::{Digest as _, Sha256};
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
+use tinydc::model::Digest;
 
 pub const CASES: &[Case] = &[
     Case {
@@ -72,9 +74,13 @@ fn compose(number: u64) -> String {
     )
 }
 
-fn part(number: u64) -> Result<Vec<u8>> {
+fn content(number: u64) -> Vec<u8> {
     let mut draw = Draw(number.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-    let content: Vec<u8> = (0..PART_BYTES / 8).flat_map(|_| draw.next().to_le_bytes()).collect();
+    (0..PART_BYTES / 8).flat_map(|_| draw.next().to_le_bytes()).collect()
+}
+
+fn part(number: u64) -> Result<Vec<u8>> {
+    let content = content(number);
     let mut layer = tar::Builder::new(Vec::new());
     let mut header = tar::Header::new_gnu();
     header.set_size(content.len() as u64);
@@ -189,10 +195,19 @@ fn runs_its_app(field: &Field) -> Result<()> {
     })
 }
 
-/// The board is off. Its data's file system is sound, and what it holds under a digest has that digest.
-fn check_disk(field: &Field) -> Result<usize> {
+/// What was loaded by then, as the board names it; from it follows what its disk must hold.
+fn images(field: &Field) -> Result<Vec<Digest>> {
+    let told = field.laptop_json(&["image", "ls"])?;
+    let rows = told["images"].as_array().context("images")?;
+    let digest = |row: &Value| Digest::new(row["digest"].as_str()?).ok();
+    rows.iter().map(|row| digest(row).context("an image's digest")).collect()
+}
+
+/// The board is off. Its data's file system is sound, what it holds under a digest has that digest, of each of these
+/// images everything is there, and each unpacked part is one that was loaded.
+fn check_disk(field: &Field, images: &[Digest], parts: u64) -> Result<String> {
     let disk = &field.guests[0].disk;
-    let folder = field.guests[0].dir().join("blobs");
+    let folder = field.guests[0].dir().join("data");
     let (start, bytes) = image::partition_span(disk, 4)?;
     let data = field.guests[0].dir().join("data.img");
     // Replaying the journal writes: on a copy, so that the board does it by itself.
@@ -206,25 +221,60 @@ fn check_disk(field: &Field) -> Result<usize> {
         fs::remove_dir_all(&folder)?;
     }
     fs::create_dir(&folder)?;
-    let request = format!("rdump /blobs/sha256 {}", folder.display());
-    let dumped = Command::new("/usr/sbin/debugfs")
-        .arg("-R")
-        .arg(request)
-        .arg(&data)
-        .output()
-        .context("run debugfs")?;
-    ensure!(dumped.status.success(), "debugfs: {}", String::from_utf8_lossy(&dumped.stderr));
-    let mut count = 0;
-    for entry in fs::read_dir(folder.join("sha256")).context("the board's blobs")? {
-        let entry = entry?;
-        let digest: String =
-            Sha256::digest(fs::read(entry.path())?).iter().map(|byte| format!("{byte:02x}")).collect();
-        let name = entry.file_name();
-        ensure!(name.to_string_lossy() == digest.as_str(), "blob {name:?} holds something else ({digest})");
-        count += 1;
+    for name in ["blobs", "layers"] {
+        let request = format!("rdump /{name} {}", folder.display());
+        let dumped = Command::new("/usr/sbin/debugfs").arg("-R").arg(request).arg(&data).output();
+        let dumped = dumped.context("run debugfs")?;
+        ensure!(dumped.status.success(), "debugfs: {}", String::from_utf8_lossy(&dumped.stderr));
     }
     fs::remove_file(&data)?;
-    Ok(count)
+
+    let blobs = folder.join("blobs/sha256");
+    let mut whole = BTreeSet::new();
+    for entry in fs::read_dir(&blobs).context("the board's blobs")? {
+        let entry = entry?;
+        let (name, digest) =
+            (entry.file_name().to_string_lossy().into_owned(), digest_of(&fs::read(entry.path())?));
+        ensure!(name == digest, "blob {name} holds something else ({digest})");
+        whole.insert(name);
+    }
+    for image in images {
+        let manifest =
+            fs::read(blobs.join(image.hex())).with_context(|| format!("{image} was acknowledged"))?;
+        let manifest: Value = serde_json::from_slice(&manifest)?;
+        let layers = manifest["layers"].as_array().context("a manifest's layers")?;
+        for blob in layers.iter().chain([&manifest["config"]]) {
+            let hex =
+                blob["digest"].as_str().and_then(|text| text.strip_prefix("sha256:")).context("a digest")?;
+            ensure!(whole.contains(hex), "{image} was acknowledged, its blob {hex} is not there");
+        }
+    }
+    let expected: BTreeSet<String> = (1..=parts).map(|number| digest_of(&content(number))).collect();
+    let mut unpacked = BTreeSet::new();
+    for path in files_below(&folder.join("layers"))? {
+        if path.file_name().is_some_and(|name| name == "part") {
+            let digest = digest_of(&fs::read(&path)?);
+            ensure!(expected.contains(&digest), "{} is no part that was loaded", path.display());
+            unpacked.insert(digest);
+        }
+    }
+    Ok(format!("{} blobs and {} unpacked parts are whole", whole.len(), unpacked.len()))
+}
+
+fn digest_of(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn files_below(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).with_context(|| format!("read {}", folder.display()))? {
+        let entry = entry?;
+        match entry.file_type()?.is_dir() {
+            true => files.extend(files_below(&entry.path())?),
+            false => files.push(entry.path()),
+        }
+    }
+    Ok(files)
 }
 
 fn power_cut(field: &mut Field) -> Result<()> {
@@ -247,9 +297,10 @@ fn power_cut(field: &mut Field) -> Result<()> {
         }
     }
     ensure!(kept.deploy > 0 && kept.image > 0, "no deploy or no image was among what was written: {kept:?}");
+    let images = images(field)?;
     field.guests[0].kill();
-    let blobs = check_disk(field)?;
-    field.remark(format!("{blobs} blobs have their digests"));
+    let said = check_disk(field, &images, kept.image + 1)?;
+    field.remark(said);
     Ok(())
 }
 
@@ -298,38 +349,37 @@ fn power_loss(field: &mut Field) -> Result<()> {
     let first = moments[0].entries;
     field.remark(format!("{} writes and {} flushes for {kept:?}", log.len() - first, log.flushes()));
     for cut in 1..=CUTS {
-        let until = first + draw.next() as usize % (log.len() - first + 1);
+        // Of three moments the one with the most to lose.
+        let moments_drawn = [(); 3].map(|()| first + draw.next() as usize % (log.len() - first + 1));
+        let until = moments_drawn.into_iter().max_by_key(|until| log.unflushed(*until)).unwrap_or(first);
         copy(&before, &disk)?;
-        let lost = log.replay(&disk, until, 0, &mut || draw.next() % 2 == 0)?;
+        let lost = log.replay(&disk, until, 0, &mut || draw.next().is_multiple_of(2))?;
         let acknowledged =
             moments.iter().rev().find(|moment| moment.entries <= until).context("a moment")?.kept;
         let begin = Instant::now();
-        let now = start_and_ask(field);
+        let now = start_and_ask(field).and_then(|now| Ok((now, images(field)?)));
         field.guests[index].kill();
-        let now = now.with_context(|| format!("cut {cut}, after write {until}, {lost} lost"))?;
+        let (now, images) = now.with_context(|| format!("cut {cut}, after write {until}, {lost} lost"))?;
         ensure!(
             has_all(acknowledged, now),
             "cut {cut}, after write {until}, {lost} lost: {acknowledged:?} was acknowledged, {now:?} is there"
         );
-        let blobs = check_disk(field)?;
-        field.note(
-            &format!("cut {cut}, {lost} writes lost, {acknowledged:?}, {blobs} blobs: all there"),
-            begin,
-        );
+        let said = check_disk(field, &images, kept.image + 1)?;
+        field.note(&format!("cut {cut}, {lost} writes lost, {acknowledged:?}: all there, {said}"), begin);
     }
     copy(&before, &disk)?;
     let lost = log.replay(&disk, log.len(), FORGOTTEN, &mut || false)?;
-    let now = start_and_ask(field);
-    field.guests[index].kill();
-    let is_kept = now.as_ref().is_ok_and(|now| has_all(kept, *now));
-    field.remark(format!(
-        "a disk that lies, {lost} writes lost: {}",
-        match now {
-            Ok(now) => format!("{now:?} is there"),
-            Err(error) => format!("{error:#}"),
+    let damage = check_disk(field, &[], kept.image + 1).err();
+    // What can't be asked proves nothing: only an answer that lacks something, or a disk that is found damaged.
+    let noticed = match damage {
+        Some(error) => format!("{error:#}"),
+        None => {
+            let now = start_and_ask(field)?;
+            ensure!(!has_all(kept, now), "losing {FORGOTTEN} flushes must be noticed: {now:?} is there");
+            format!("{now:?} is there")
         }
-    ));
-    ensure!(!is_kept, "losing {FORGOTTEN} flushes must be noticed");
+    };
+    field.remark(format!("a disk that lies, {lost} writes lost: {noticed}"));
     Ok(())
 }
 

@@ -50,6 +50,8 @@ fn of_line(line: &str) -> Result<Option<Step>> {
         let words = words.strip_prefix("tinydc ").with_context(|| format!("{line:?} runs something else"))?;
         return Ok(Some(Step::OnLaptop(words.into())));
     }
+    let is_command = line.starts_with("$ ") || line.starts_with("# ") || line.starts_with("tinydc ");
+    ensure!(!is_command, "{TITLE}: {line:?} doesn't say where");
     let typed = line.split_once("> ").filter(|(board, _)| board.starts_with("pi"));
     Ok(typed.map(|(board, line)| Step::Typed { board: board.into(), line: line.into() }))
 }

@@ -49,7 +49,16 @@ struct Talk {
     exec: Child,
     is_over: Arc<AtomicBool>,
     longest_us: Arc<AtomicU64>,
-    speaker: JoinHandle<std::io::Result<()>>,
+    speaker: Option<JoinHandle<std::io::Result<()>>>,
+}
+
+impl Drop for Talk {
+    fn drop(&mut self) {
+        self.is_over.store(true, Ordering::Relaxed);
+        // Gone already is what is wanted. The speaker ends with its pipes.
+        let _ = self.exec.kill();
+        let _ = self.exec.wait();
+    }
 }
 
 impl Talk {
@@ -72,7 +81,7 @@ impl Talk {
             }
             Ok(())
         });
-        Ok(Talk { exec, is_over, longest_us, speaker })
+        Ok(Talk { exec, is_over, longest_us, speaker: Some(speaker) })
     }
 
     fn longest(&self) -> Duration {
@@ -95,9 +104,8 @@ impl Talk {
 
     fn end(mut self) -> Result<()> {
         self.is_over.store(true, Ordering::Relaxed);
-        self.speaker.join().map_err(|_| anyhow::anyhow!("the speaker panicked"))??;
-        self.exec.kill()?;
-        self.exec.wait()?;
+        let speaker = self.speaker.take().context("it ends once")?;
+        speaker.join().map_err(|_| anyhow::anyhow!("the speaker panicked"))??;
         Ok(())
     }
 }

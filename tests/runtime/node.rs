@@ -142,7 +142,8 @@ pub fn file_header(path: &str, size: usize, mode: u32) -> tar::Header {
     header.set_size(size as u64);
     header.set_mode(mode);
     header.set_mtime(1_700_000_000);
-    (header.set_uid(0), header.set_gid(0));
+    header.set_uid(0);
+    header.set_gid(0);
     header.set_cksum();
     header
 }
@@ -159,7 +160,10 @@ pub fn add_kind(tar: &mut tar::Builder<Vec<u8>>, path: &str, kind: tar::EntryTyp
     }
     header.set_entry_type(kind);
     header.set_mode(0o755);
-    (header.set_uid(0), header.set_gid(0), header.set_size(0), header.set_mtime(1_700_000_000));
+    header.set_uid(0);
+    header.set_gid(0);
+    header.set_size(0);
+    header.set_mtime(1_700_000_000);
     header.set_cksum();
     tar.append(&header, std::io::empty()).unwrap();
 }
