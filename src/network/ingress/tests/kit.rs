@@ -223,9 +223,13 @@ struct Behaviour {
     stop: Arc<AtomicBool>,
 }
 
+const WAITING_MAX: i32 = 1024;
+
 impl Endpoint {
     pub fn start(name: &'static str) -> Endpoint {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        // Hundreds come at once, more than the 128 that may wait otherwise: a busy machine would refuse the rest.
+        rustix::net::listen(&listener, WAITING_MAX).unwrap();
         let SocketAddr::V4(address) = listener.local_addr().unwrap() else { unreachable!("bound to IPv4") };
         let (connections, requests) = (Arc::new(AtomicUsize::new(0)), Arc::<Mutex<Vec<String>>>::default());
         let (gate, stop) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
