@@ -65,6 +65,7 @@ pub async fn load(backend: &Arc<Backend>, request: Request<Incoming>) -> Result<
             bytes: artifact.bytes,
             platforms: artifact.platforms.into_keys().collect(),
             nodes: vec![backend.replica.state().node_name(backend.node)],
+            part_nodes: Vec::new(),
             source: "loaded".into(),
         });
     }
@@ -81,6 +82,7 @@ fn describe(runtime: &crate::runtime::Runtime, loaded: crate::runtime::images::L
         bytes: image.as_ref().map_or(0, |image| image.size_bytes),
         platforms: platforms_of(runtime, &loaded.digest),
         holders: BTreeSet::new(),
+        part_holders: BTreeSet::new(),
         digest,
     }
 }
@@ -134,6 +136,7 @@ pub async fn put_content(backend: &Arc<Backend>, request: Request<Incoming>) -> 
         bytes: stored.1,
         platforms: BTreeMap::new(),
         holders: [backend.node].into(),
+        part_holders: BTreeSet::new(),
     };
     backend.submit(None, Command::RegisterArtifact { artifact: Box::new(artifact) }).await?;
     body::ok(&ContentReply { digest: stored.0 })
@@ -287,6 +290,7 @@ async fn resolve(
         bytes: 0,
         platforms,
         holders: BTreeSet::new(),
+        part_holders: BTreeSet::new(),
     };
     check_platforms(state, reference, &artifact)?;
     Ok((digest, Some(artifact)))

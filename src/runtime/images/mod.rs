@@ -11,8 +11,8 @@ mod unpack;
 
 pub use digest::{Digest, DigestError};
 pub use fetch::{
-    BlobKind, BlobRequest, BlobSource, FetchError, FetchRequest, LAYER_UNPACKED_BYTES_MAX, LayerBlobs,
-    Progress, SourceError, no_source,
+    BlobKind, BlobRequest, BlobSource, FetchError, FetchRequest, KeepRequest, LAYER_UNPACKED_BYTES_MAX,
+    LayerBlobs, Progress, SourceError, no_source,
 };
 pub use load::{LoadError, Loaded};
 pub use manifest::{
