@@ -392,7 +392,7 @@ impl Worker {
         // What an old state doesn't name may be what was loaded last.
         if self.is_caught_up {
             self.delete_volumes(state);
-            self.sweep(state, now);
+            self.sweep(now);
         }
         self.send_reports(state, now).await;
         self.errands.retain(|task| !task.is_finished());
@@ -744,14 +744,14 @@ impl Worker {
     }
 
     /// Now and then, and only when something was let go: images and content that nothing needs.
-    fn sweep(&mut self, state: &Arc<State>, now: Mono) {
+    fn sweep(&mut self, now: Mono) {
         if self.swept_at.is_some_and(|at| now.since_ms(at) < SWEEP_EVERY_MS) {
             return;
         }
         self.swept_at = Some(now);
-        let (ground, state) = (self.shared.ground.clone(), state.clone());
+        let (ground, replica) = (self.shared.ground.clone(), self.config.replica.clone());
         self.errands.push(self.config.executor.launch(async move {
-            unblock(move || disk::sweep_files(&ground, &state)).await;
+            unblock(move || disk::sweep_files(&ground, || replica.state())).await;
         }));
     }
 

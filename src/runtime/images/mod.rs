@@ -19,5 +19,5 @@ pub use manifest::{
     BlobRef, ConfigDocument, DOCUMENT_BYTES_MAX, Document, ImageConfig, Index, LAYER_BYTES_MAX, Manifest,
     ManifestError, Platform,
 };
-pub use store::{Collected, Image, ImageStore, StoreError};
+pub use store::{Collected, Hold, Image, ImageStore, StoreError};
 pub use unpack::{UnpackError, unpack};
