@@ -7,8 +7,8 @@ use crate::linux::disk::Space;
 use crate::model::*;
 use crate::runtime::Runtime;
 use crate::runtime::images::{
-    self, BlobSource, FetchError, FetchRequest, LAYER_UNPACKED_BYTES_MAX, LayerBlobs, Platform, SourceError,
-    StoreError,
+    self, BlobSource, FetchError, FetchRequest, KeepRequest, LAYER_UNPACKED_BYTES_MAX, LayerBlobs, Platform,
+    SourceError, StoreError,
 };
 use crate::runtime::reference::{ImageReference, ReferenceError};
 use crate::runtime::registry::{PullError, PullRequest, RegistryClient, RegistryConfig, TransferError};
@@ -17,6 +17,7 @@ use std::fs;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 /// Opens a blob on a peer; its reader must not block for ever.
 pub type PeerBlobs = dyn Fn(NodeId, &Digest) -> Result<Box<dyn Read + Send>, SourceError> + Send + Sync;
@@ -49,6 +50,17 @@ pub enum FetchArtifactError {
     Io(#[from] io::Error),
 }
 
+impl FetchArtifactError {
+    /// How long to wait before the next try. A full disk empties slowly, and nothing is urgent about a second copy.
+    pub fn pause(&self) -> Duration {
+        let is_space = matches!(
+            self,
+            FetchArtifactError::DiskLow { .. } | FetchArtifactError::Fetch(FetchError::NoSpace { .. })
+        );
+        Duration::from_secs(if is_space { 60 } else { 2 })
+    }
+}
+
 pub struct Artifacts {
     node: NodeId,
     runtime: Arc<Runtime>,
@@ -58,12 +70,15 @@ pub struct Artifacts {
     registry_ca: Option<Vec<u8>>,
     /// One unpacking of content at a time: two instances may want the same.
     unpacking: Mutex<()>,
+    /// One image at a time is kept for others: each counts on the space that it found.
+    keeping: Mutex<()>,
 }
 
 impl Artifacts {
     pub fn new(node: NodeId, runtime: Arc<Runtime>, data_dir: PathBuf, peers: Box<PeerBlobs>) -> Artifacts {
         let registry_ca = fs::read(data_dir.join("registry-ca.pem")).ok();
-        Artifacts { node, runtime, data_dir, peers, registry_ca, unpacking: Mutex::new(()) }
+        let (unpacking, keeping) = (Mutex::default(), Mutex::default());
+        Artifacts { node, runtime, data_dir, peers, registry_ca, unpacking, keeping }
     }
 
     pub fn registry(&self, settings: &Settings) -> Result<RegistryClient, TransferError> {
@@ -145,7 +160,8 @@ impl Artifacts {
         Ok(registry.pull(store, &request, &mut tell)?)
     }
 
-    /// `None` when no other node says that it holds the image.
+    /// `None` when no other node says that it holds the image. One that holds only a part is asked, too: each blob comes
+    /// from the first that has it. A failed fetch begins again with the next node, as a peer may serve wrong bytes.
     fn ask_holders<T>(
         &self,
         state: &State,
@@ -153,12 +169,22 @@ impl Artifacts {
         mut fetch: impl FnMut(&mut BlobSource<'_>) -> Result<T, FetchError>,
     ) -> Result<Option<T>, FetchArtifactError> {
         let mut last = None;
-        for holder in self.holders(state, digest) {
+        let mut nodes = self.sources(state, digest);
+        for _ in 0..nodes.len() {
             let mut source = |blob: &images::BlobRequest| -> Result<Box<dyn Read>, SourceError> {
                 let digest = Digest::new(&blob.digest.to_string())?;
-                Ok((self.peers)(holder, &digest)?)
+                let mut failure = None;
+                for node in &nodes {
+                    match (self.peers)(*node, &digest) {
+                        Ok(reader) => return Ok(reader),
+                        Err(error) => failure = Some(error),
+                    }
+                }
+                Err(failure.expect("the loop runs once per node, so there is one"))
             };
-            match fetch(&mut source) {
+            let fetched = fetch(&mut source);
+            nodes.rotate_left(1);
+            match fetched {
                 Ok(fetched) => return Ok(Some(fetched)),
                 Err(error) => last = Some(error),
             }
@@ -179,19 +205,26 @@ impl Artifacts {
     }
 
     fn keep_image(&self, state: &State, artifact: &Artifact) -> Result<(), FetchArtifactError> {
+        let _one = self.keeping.lock().unwrap_or_else(PoisonError::into_inner);
+        self.check_space()?;
         let name = artifact.names.first();
+        let digest = images_digest(&artifact.digest);
+        let manifests: Vec<images::Digest> = artifact.platforms.values().map(images_digest).collect();
+        let request = KeepRequest {
+            digest: &digest,
+            name: name.map(String::as_str),
+            manifests: &manifests,
+            bytes_max: Space::of(&self.data_dir).map_or(u64::MAX, Space::spare_bytes),
+        };
+        let store = self.runtime.images();
+        let kept = self.ask_holders(state, &artifact.digest, |source| store.keep(&request, source))?;
+        kept.ok_or_else(|| no_holder(state, &artifact.digest))?;
         if artifact.runs_on(Architecture::own()) {
             let reference = name.cloned().unwrap_or_default();
             let image = ImageSpec { reference, digest: Some(artifact.digest.clone()) };
             self.fetch_image(state, &image, &artifact.digest, &mut |_| {})?;
         }
-        self.check_space()?;
-        let digest = images_digest(&artifact.digest);
-        let manifests: Vec<images::Digest> = artifact.platforms.values().map(images_digest).collect();
-        let (store, name) = (self.runtime.images(), name.map(String::as_str));
-        let kept = self
-            .ask_holders(state, &artifact.digest, |source| store.keep(&digest, name, &manifests, source))?;
-        kept.ok_or_else(|| no_holder(state, &artifact.digest))
+        Ok(())
     }
 
     /// The unpacked folder of content, fetched if need be.
@@ -226,7 +259,7 @@ impl Artifacts {
         }
         let size = state.artifacts.find(digest).map_or(0, |artifact| artifact.bytes);
         let mut last = None;
-        for holder in self.holders(state, digest) {
+        for holder in self.sources(state, digest) {
             let expected = images::BlobRef { digest: own.clone(), size_bytes: size };
             let outcome = (self.peers)(holder, digest).map_err(|source| FetchArtifactError::NoHolder {
                 holders: state.node_name(holder),
@@ -240,10 +273,10 @@ impl Artifacts {
         Err(last.unwrap_or_else(|| no_holder(state, digest)))
     }
 
-    fn holders(&self, state: &State, digest: &Digest) -> Vec<NodeId> {
+    fn sources(&self, state: &State, digest: &Digest) -> Vec<NodeId> {
         let Some(artifact) = state.artifacts.find(digest) else { return Vec::new() };
-        let is_up = |id: &&NodeId| state.nodes.find(id).is_some_and(|node| node.condition == Condition::Up);
-        artifact.holders.iter().filter(is_up).copied().filter(|id| *id != self.node).collect()
+        let is_up = |id: &NodeId| state.nodes.find(id).is_some_and(|node| node.condition == Condition::Up);
+        artifact.sources().filter(|id| is_up(id) && *id != self.node).collect()
     }
 
     /// Content that no service mounts any more.
@@ -262,9 +295,9 @@ impl Artifacts {
     }
 }
 
-/// Whether this node is the one to fetch another copy: fewer than two live holders, and it comes first of the rest.
+/// Whether this node is to fetch what it lacks: there are to be two live holders, and it comes first of the rest.
 pub fn is_keeper(state: &State, artifact: &Artifact, own: NodeId) -> bool {
-    if artifact.kind == ArtifactKind::RegistryImage || artifact.holders.is_empty() {
+    if artifact.kind == ArtifactKind::RegistryImage || artifact.sources().next().is_none() {
         return false;
     }
     let live: Vec<NodeId> = state
@@ -274,13 +307,13 @@ pub fn is_keeper(state: &State, artifact: &Artifact, own: NodeId) -> bool {
         .map(|node| node.id)
         .collect();
     let holders = live.iter().filter(|id| artifact.holders.contains(id)).count();
-    let first = live.iter().find(|id| !artifact.holders.contains(id));
-    holders < 2 && first == Some(&own)
+    let rest = live.iter().filter(|id| !artifact.holders.contains(id));
+    rest.take(2_usize.saturating_sub(holders)).any(|id| *id == own)
 }
 
 fn no_holder(state: &State, digest: &Digest) -> FetchArtifactError {
-    let holders = state.artifacts.find(digest).map(|artifact| &artifact.holders);
-    let names: Vec<String> = holders.into_iter().flatten().map(|id| state.node_name(*id)).collect();
+    let sources = state.artifacts.find(digest).into_iter().flat_map(Artifact::sources);
+    let names: Vec<String> = sources.map(|id| state.node_name(id)).collect();
     let holders = if names.is_empty() { "no node holds it".into() } else { names.join(", ") };
     FetchArtifactError::NoHolder { holders, source: None }
 }
@@ -288,4 +321,42 @@ fn no_holder(state: &State, digest: &Digest) -> FetchArtifactError {
 /// The runtime's own newtype of the same text.
 pub fn images_digest(digest: &Digest) -> images::Digest {
     images::Digest::parse(digest.as_str()).expect("both forms are sha256 and 64 hex digits")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::Command;
+    use crate::state::tests::{Applier, spec};
+    use std::collections::{BTreeMap, BTreeSet};
+
+    #[test]
+    fn two_live_nodes_fetch_what_no_two_hold_whole() {
+        let mut applier = Applier::with_nodes(4);
+        let digest = spec("1").image.digest.unwrap();
+        let mut artifact = Artifact {
+            kind: ArtifactKind::LoadedImage,
+            names: BTreeSet::new(),
+            bytes: 1,
+            platforms: BTreeMap::new(),
+            holders: BTreeSet::new(),
+            part_holders: BTreeSet::new(),
+            digest,
+        };
+        let start_id = applier.state.nodes.find(&NodeId(1)).unwrap().start_id;
+        applier.must(Command::MarkNodeDown { node: NodeId(1), start_id });
+        let cases: [(&[u64], &[u64], &[u64]); 5] = [
+            (&[], &[], &[]),
+            (&[], &[1, 2], &[2, 3]),
+            (&[2], &[1], &[3]),
+            (&[1], &[], &[2, 3]),
+            (&[2, 4], &[], &[]),
+        ];
+        for (holders, parts, keepers) in cases {
+            artifact.holders = holders.iter().copied().map(NodeId).collect();
+            artifact.part_holders = parts.iter().copied().map(NodeId).collect();
+            let own = (1..=4).filter(|node| is_keeper(&applier.state, &artifact, NodeId(*node)));
+            assert_eq!(own.collect::<Vec<_>>(), keepers, "{holders:?} {parts:?}");
+        }
+    }
 }

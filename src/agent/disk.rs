@@ -9,6 +9,7 @@ use crate::model::{ArtifactKind, Digest, Gather, InstanceId};
 use crate::state::State;
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 use tracing::{info, warn};
 
@@ -57,24 +58,12 @@ pub async fn stop_over_quota(
     }
 }
 
-/// Removes images and content that nothing needs any more.
-pub fn sweep_files(ground: &Ground, state: &State) {
-    let in_use: BTreeSet<&Digest> = state
-        .services
-        .rows()
-        .flat_map(|service| {
-            let specs = service.older_specs().map(|older| &older.spec).chain([&service.spec]);
-            specs.flat_map(|spec| spec.content_digests().into_iter().chain(spec.image.digest.as_ref()))
-        })
-        .gather();
+/// Removes images and content that nothing needs any more, by the newest state there is at each step.
+pub fn sweep_files(ground: &Ground, newest: impl Fn() -> Arc<State>) {
+    let state = newest();
+    let in_use = in_use(&state);
     ground.artifacts.sweep_content(|hex| in_use.iter().any(|digest| digest.hex() == hex));
-    let keep = state
-        .artifacts
-        .rows()
-        .filter(|artifact| artifact.kind != ArtifactKind::RegistryImage || in_use.contains(&artifact.digest))
-        .map(|artifact| images_digest(&artifact.digest))
-        .gather();
-    match ground.runtime.collect_garbage(&keep) {
+    match ground.runtime.collect_garbage(|| kept(&newest())) {
         Ok(collected) if collected.images + collected.blobs + collected.layers > 0 => {
             info!(
                 images = collected.images,
@@ -86,4 +75,25 @@ pub fn sweep_files(ground: &Ground, state: &State) {
         Ok(_) => {}
         Err(error) => warn!(%error, "remove unused images"),
     }
+}
+
+fn in_use(state: &State) -> BTreeSet<&Digest> {
+    state
+        .services
+        .rows()
+        .flat_map(|service| {
+            let specs = service.older_specs().map(|older| &older.spec).chain([&service.spec]);
+            specs.flat_map(|spec| spec.content_digests().into_iter().chain(spec.image.digest.as_ref()))
+        })
+        .gather()
+}
+
+fn kept(state: &State) -> BTreeSet<crate::runtime::images::Digest> {
+    let in_use = in_use(state);
+    state
+        .artifacts
+        .rows()
+        .filter(|artifact| artifact.kind != ArtifactKind::RegistryImage || in_use.contains(&artifact.digest))
+        .map(|artifact| images_digest(&artifact.digest))
+        .gather()
 }

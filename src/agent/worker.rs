@@ -71,7 +71,7 @@ pub enum Signal {
     },
     /// An artifact was brought here, or could not be.
     Kept {
-        digest: Digest,
+        artifact: Box<Artifact>,
         is_here: bool,
     },
     VolumesDeleted {
@@ -392,7 +392,7 @@ impl Worker {
         // What an old state doesn't name may be what was loaded last.
         if self.is_caught_up {
             self.delete_volumes(state);
-            self.sweep(state, now);
+            self.sweep(now);
         }
         self.send_reports(state, now).await;
         self.errands.retain(|task| !task.is_finished());
@@ -548,10 +548,12 @@ impl Worker {
                     local.stopped_because = Some(why);
                 }
             }
-            Signal::Kept { digest, is_here } => {
-                self.keeping.remove(&digest);
-                if is_here {
-                    self.reporter.holds.insert(digest);
+            Signal::Kept { artifact, is_here } => {
+                self.keeping.remove(&artifact.digest);
+                // Another part may have been loaded since: then this is not all of it.
+                let now = self.config.replica.state().artifacts.find(&artifact.digest).cloned();
+                if is_here && now.is_some_and(|now| now.platforms == artifact.platforms) {
+                    self.reporter.holds.insert(artifact.digest);
                 }
             }
             Signal::VolumesDeleted { volumes } => {
@@ -684,14 +686,17 @@ impl Worker {
             let (ground, sender, state) = (self.shared.ground.clone(), self.sender.clone(), state.clone());
             let artifact = artifact.clone();
             self.errands.push(self.config.executor.launch(async move {
-                let digest = artifact.digest.clone();
-                let outcome = unblock(move || ground.artifacts.keep_copy(&state, &artifact)).await;
+                let (artifact, outcome) = unblock(move || {
+                    let outcome = ground.artifacts.keep_copy(&state, &artifact);
+                    (artifact, outcome)
+                })
+                .await;
                 let is_here = outcome.is_ok();
                 if let Err(error) = outcome {
-                    warn!(digest = digest.short(), error = chain(&error), "keep a second copy");
-                    async_io::Timer::after(Duration::from_secs(2)).await;
+                    warn!(digest = artifact.digest.short(), error = chain(&error), "keep a second copy");
+                    async_io::Timer::after(error.pause()).await;
                 }
-                let _ = sender.send(Signal::Kept { digest, is_here }).await;
+                let _ = sender.send(Signal::Kept { artifact: Box::new(artifact), is_here }).await;
             }));
         }
     }
@@ -739,14 +744,14 @@ impl Worker {
     }
 
     /// Now and then, and only when something was let go: images and content that nothing needs.
-    fn sweep(&mut self, state: &Arc<State>, now: Mono) {
+    fn sweep(&mut self, now: Mono) {
         if self.swept_at.is_some_and(|at| now.since_ms(at) < SWEEP_EVERY_MS) {
             return;
         }
         self.swept_at = Some(now);
-        let (ground, state) = (self.shared.ground.clone(), state.clone());
+        let (ground, replica) = (self.shared.ground.clone(), self.config.replica.clone());
         self.errands.push(self.config.executor.launch(async move {
-            unblock(move || disk::sweep_files(&ground, &state)).await;
+            unblock(move || disk::sweep_files(&ground, || replica.state())).await;
         }));
     }
 

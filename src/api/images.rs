@@ -9,7 +9,7 @@ use super::wire::*;
 use crate::agent::artifacts::images_digest;
 use crate::model::limits::CONTENT_BYTES_MAX;
 use crate::model::*;
-use crate::runtime::images::Platform;
+use crate::runtime::images::{Hold, Loaded, Platform};
 use crate::runtime::reference::ImageReference;
 use crate::state::{Command, Reply as StateReply, State};
 use crate::tasks::Launch;
@@ -18,6 +18,10 @@ use hyper::{Request, StatusCode};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A row that was removed again at once never shows.
+const KNOWN_LIMIT: Duration = Duration::from_secs(5);
 
 pub async fn list(backend: &Arc<Backend>) -> Result<Reply, ApiError> {
     let shown = shown(backend, false).await?;
@@ -45,11 +49,14 @@ pub async fn load(backend: &Arc<Backend>, request: Request<Incoming>) -> Result<
     let runtime = backend.ground.runtime.clone();
     let loaded = crate::tasks::unblock(move || {
         let loaded = runtime.images().load(reader, &Platform::host())?;
-        let described: Vec<_> = loaded.into_iter().map(|image| describe(&runtime, image)).collect();
+        let describe = |image: Loaded| (describe(&runtime, &image), image.held);
+        let described: (Vec<_>, Vec<_>) = loaded.into_iter().map(describe).unzip();
         Ok::<_, crate::runtime::images::LoadError>(described)
     })
     .await
     .map_err(|error| ApiError::invalid(crate::agent::chain(&error)))?;
+    // Before it is in the state, a sweep here would take what was loaded.
+    let (loaded, _held) = loaded;
     let mut images = Vec::new();
     for (number, mut artifact) in loaded.into_iter().enumerate() {
         artifact.holders.insert(backend.node);
@@ -59,19 +66,29 @@ pub async fn load(backend: &Arc<Backend>, request: Request<Incoming>) -> Result<
             RequestKey { id: RequestId(key.id.0.wrapping_add(number as u128)), ..key }.mark(&command)
         });
         backend.submit(mark, command).await?;
+        until_known(backend, &artifact.digest).await;
         images.push(ImageBody {
             names: artifact.names.iter().cloned().collect(),
             digest: artifact.digest,
             bytes: artifact.bytes,
             platforms: artifact.platforms.into_keys().collect(),
             nodes: vec![backend.replica.state().node_name(backend.node)],
+            part_nodes: Vec::new(),
             source: "loaded".into(),
         });
     }
     body::ok(&LoadReply { images })
 }
 
-fn describe(runtime: &crate::runtime::Runtime, loaded: crate::runtime::images::Loaded) -> Artifact {
+/// The leader answers before the change is here; whoever waits for this drops what he holds afterwards.
+async fn until_known(backend: &Backend, digest: &Digest) {
+    let deadline = Instant::now() + KNOWN_LIMIT;
+    while !backend.replica.state().artifacts.contains(digest) && Instant::now() < deadline {
+        async_io::Timer::after(Duration::from_millis(20)).await;
+    }
+}
+
+fn describe(runtime: &crate::runtime::Runtime, loaded: &Loaded) -> Artifact {
     let digest = Digest::new(&loaded.digest.to_string()).expect("both forms are sha256 and 64 hex digits");
     let store = runtime.images();
     let image = store.image(&loaded.digest).ok().flatten();
@@ -81,6 +98,7 @@ fn describe(runtime: &crate::runtime::Runtime, loaded: crate::runtime::images::L
         bytes: image.as_ref().map_or(0, |image| image.size_bytes),
         platforms: platforms_of(runtime, &loaded.digest),
         holders: BTreeSet::new(),
+        part_holders: BTreeSet::new(),
         digest,
     }
 }
@@ -126,20 +144,25 @@ pub async fn put_content(backend: &Arc<Backend>, request: Request<Incoming>) -> 
     RequestKey::of(request.headers())?;
     let reader = BodyReader::new(request.into_body());
     let runtime = backend.ground.runtime.clone();
-    let stored = crate::tasks::unblock(move || store_content(&runtime, reader)).await?;
+    let (digest, bytes, _held) = crate::tasks::unblock(move || store_content(&runtime, reader)).await?;
     let artifact = Artifact {
-        digest: stored.0.clone(),
+        digest: digest.clone(),
         kind: ArtifactKind::Content,
         names: BTreeSet::new(),
-        bytes: stored.1,
+        bytes,
         platforms: BTreeMap::new(),
         holders: [backend.node].into(),
+        part_holders: BTreeSet::new(),
     };
     backend.submit(None, Command::RegisterArtifact { artifact: Box::new(artifact) }).await?;
-    body::ok(&ContentReply { digest: stored.0 })
+    until_known(backend, &digest).await;
+    body::ok(&ContentReply { digest })
 }
 
-fn store_content(runtime: &crate::runtime::Runtime, reader: impl Read) -> Result<(Digest, u64), ApiError> {
+fn store_content(
+    runtime: &crate::runtime::Runtime,
+    reader: impl Read,
+) -> Result<(Digest, u64, Hold), ApiError> {
     let mut bytes = Vec::new();
     let read = reader.take(CONTENT_BYTES_MAX + 1).read_to_end(&mut bytes);
     read.map_err(|error| ApiError::invalid(format!("the body ended early: {error}")))?;
@@ -149,9 +172,10 @@ fn store_content(runtime: &crate::runtime::Runtime, reader: impl Read) -> Result
     }
     let digest = crate::runtime::images::Digest::of(&bytes);
     let expected = crate::runtime::images::BlobRef { digest: digest.clone(), size_bytes: bytes.len() as u64 };
+    let held = runtime.images().hold_blob(&digest);
     runtime.images().write_blob(&expected, bytes.as_slice()).map_err(|error| ApiError::internal(&error))?;
     let own = Digest::new(&digest.to_string()).expect("both forms are sha256 and 64 hex digits");
-    Ok((own, bytes.len() as u64))
+    Ok((own, bytes.len() as u64, held))
 }
 
 pub async fn deploy(
@@ -287,6 +311,7 @@ async fn resolve(
         bytes: 0,
         platforms,
         holders: BTreeSet::new(),
+        part_holders: BTreeSet::new(),
     };
     check_platforms(state, reference, &artifact)?;
     Ok((digest, Some(artifact)))

@@ -242,6 +242,7 @@ impl View<'_> {
             bytes: artifact.bytes,
             platforms: artifact.platforms.keys().cloned().collect(),
             nodes: artifact.holders.iter().map(|id| self.state.node_name(*id)).collect(),
+            part_nodes: artifact.part_holders.iter().map(|id| self.state.node_name(*id)).collect(),
             source: match artifact.kind {
                 ArtifactKind::LoadedImage => "loaded".into(),
                 _ => "registry".into(),

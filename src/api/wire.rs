@@ -508,6 +508,8 @@ pub struct ImageBody {
     pub platforms: Vec<String>,
     /// Nodes that hold all of it.
     pub nodes: Vec<String>,
+    /// Nodes that hold some of its platforms.
+    pub part_nodes: Vec<String>,
     /// `loaded` or `registry`.
     pub source: String,
 }

@@ -25,6 +25,11 @@ impl Space {
         (self.total_bytes / 20).max(LOW_BYTES).min(self.total_bytes / 2)
     }
 
+    /// What may be written before it counts as low.
+    pub fn spare_bytes(self) -> u64 {
+        self.free_bytes.saturating_sub(self.low_mark_bytes())
+    }
+
     /// No pulls, no placements.
     pub fn is_low(self) -> bool {
         self.free_bytes < self.low_mark_bytes()
@@ -58,6 +63,8 @@ mod tests {
         // One of 4 GiB: 256 MiB.
         assert!(mib(255, 4_096).is_low() && !mib(256, 4_096).is_low());
         assert!(mib(127, 4_096).is_critical() && !mib(128, 4_096).is_critical());
+        assert_eq!(mib(300, 4_096).spare_bytes() >> 20, 44);
+        assert_eq!(mib(200, 4_096).spare_bytes(), 0);
         assert_eq!(mib(0, 4_096).writable_bytes_max() >> 20, 204);
         assert_eq!(mib(0, 900).writable_bytes_max() >> 20, 64);
     }

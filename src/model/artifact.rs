@@ -100,6 +100,8 @@ pub struct Artifact {
     pub platforms: BTreeMap<String, Digest>,
     /// Nodes that said they hold all of it.
     pub holders: BTreeSet<NodeId>,
+    /// Nodes that hold some of its platforms: an archive may have less than another of the same index.
+    pub part_holders: BTreeSet<NodeId>,
 }
 
 impl Artifact {
@@ -109,6 +111,17 @@ impl Artifact {
         let is_own =
             |name: &str| name == own || name.strip_prefix(own).is_some_and(|rest| rest.starts_with('/'));
         self.platforms.is_empty() || self.platforms.keys().any(|name| is_own(name))
+    }
+
+    /// Which nodes to ask for it, in this order.
+    pub fn sources(&self) -> impl Iterator<Item = NodeId> {
+        self.holders.iter().chain(&self.part_holders).copied()
+    }
+
+    /// This node holds nothing of it any more.
+    pub fn forget_holder(&mut self, node: NodeId) {
+        self.holders.remove(&node);
+        self.part_holders.remove(&node);
     }
 
     /// For people: `amd64, arm64/v8`.

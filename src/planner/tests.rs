@@ -249,6 +249,7 @@ fn an_image_goes_only_where_it_runs() {
         bytes: 1,
         platforms: [("arm64/v8".to_owned(), digest.clone())].into(),
         holders: [node].into(),
+        part_holders: Default::default(),
         digest,
     };
     applier.must(Command::RegisterArtifact { artifact: Box::new(artifact) });

@@ -116,8 +116,11 @@ impl Runtime {
         self.cgroups.set_memory_max(&self.cgroup_parent, bytes)
     }
 
-    /// Removes every image that is not in `keep` and whose layers no container here uses.
-    pub fn collect_garbage(&self, keep: &BTreeSet<Digest>) -> Result<Collected, ContainerError> {
+    /// Removes every image that `keep` does not name and whose layers no container here uses.
+    pub fn collect_garbage(
+        &self,
+        keep: impl FnOnce() -> BTreeSet<Digest>,
+    ) -> Result<Collected, ContainerError> {
         let mut in_use = BTreeSet::new();
         for status in self.list()? {
             in_use.extend(self.spec(&status.id)?.layers);

@@ -173,6 +173,7 @@ impl RegistryClient {
                 vec![ConfigDocument::parse(&config, &bytes).map_err(unusable)?.platform]
             }
         };
+        let platforms = Platform::runnable(platforms).map_err(unusable)?;
         Ok(Resolved { image: image.clone(), digest, platforms })
     }
 

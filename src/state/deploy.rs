@@ -479,6 +479,7 @@ fn merge_artifact(state: &mut State, artifact: &Artifact) {
     }
     let mut merged = state.artifacts.find(&artifact.digest).cloned().unwrap_or_else(|| Artifact {
         holders: BTreeSet::new(),
+        part_holders: BTreeSet::new(),
         names: BTreeSet::new(),
         ..artifact.clone()
     });
@@ -486,13 +487,35 @@ fn merge_artifact(state: &mut State, artifact: &Artifact) {
     while merged.names.len() > NAMES_PER_ARTIFACT_MAX {
         merged.names.pop_first();
     }
-    merged.platforms.extend(artifact.platforms.iter().map(|(name, digest)| (name.clone(), digest.clone())));
-    merged.holders.extend(holders);
     merged.bytes = merged.bytes.max(artifact.bytes);
-    if artifact.kind == ArtifactKind::LoadedImage {
-        merged.kind = ArtifactKind::LoadedImage;
-    }
+    merge_parts(&mut merged, artifact, holders);
     state.artifacts.put(artifact.digest.clone(), merged);
+}
+
+/// Holders hold all of it: what one of them lacks makes it a holder of a part, until it has fetched the rest.
+fn merge_parts(merged: &mut Artifact, artifact: &Artifact, newcomers: BTreeSet<NodeId>) {
+    match (merged.kind, artifact.kind) {
+        // A registry lists what it offers, an archive what lies on nodes: only that can be had without the registry.
+        (ArtifactKind::LoadedImage, ArtifactKind::RegistryImage) => return,
+        (ArtifactKind::RegistryImage, ArtifactKind::LoadedImage) => merged.platforms.clear(),
+        _ => {}
+    }
+    merged.kind = artifact.kind;
+    let before = merged.platforms.len();
+    merged.platforms.extend(artifact.platforms.iter().map(|(name, digest)| (name.clone(), digest.clone())));
+    if merged.platforms.len() > before {
+        let lacking = std::mem::take(&mut merged.holders);
+        merged.part_holders.extend(lacking);
+    }
+    let has_all = artifact.platforms.len() == merged.platforms.len();
+    for node in newcomers {
+        merged.forget_holder(node);
+        if has_all {
+            merged.holders.insert(node)
+        } else {
+            merged.part_holders.insert(node)
+        };
+    }
 }
 
 pub fn remove_artifact(state: &mut State, digest: &Digest) -> Outcome {

@@ -167,7 +167,11 @@ pub fn only_copies(state: &State, id: NodeId) -> Vec<String> {
     let images = state
         .artifacts
         .rows()
-        .filter(|artifact| artifact.kind != ArtifactKind::RegistryImage && artifact.holders.iter().eq([&id]))
+        .filter(|artifact| {
+            let is_whole_elsewhere = artifact.holders.iter().any(|holder| *holder != id);
+            let is_here = artifact.sources().any(|source| source == id);
+            artifact.kind != ArtifactKind::RegistryImage && is_here && !is_whole_elsewhere
+        })
         .map(|artifact| match artifact.names.first() {
             Some(name) => format!("image {name}"),
             None => format!("content {}", artifact.digest.short()),
@@ -192,7 +196,7 @@ fn forget_node(state: &mut State, id: NodeId) {
     let artifacts: Vec<Digest> = state.artifacts.iter().map(|(digest, _)| digest.clone()).collect();
     for digest in artifacts {
         state.artifacts.update(&digest, |artifact| {
-            artifact.holders.remove(&id);
+            artifact.forget_holder(id);
         });
     }
     if let Some(node) = state.nodes.remove(&id) {

@@ -16,11 +16,12 @@ pub fn apply(state: &mut State, node: NodeId, start_id: StartId, report: &NodeRe
     for digest in &report.holds {
         state.artifacts.update(digest, |artifact| {
             artifact.holders.insert(node);
+            artifact.part_holders.remove(&node);
         });
     }
     for digest in &report.dropped {
         state.artifacts.update(digest, |artifact| {
-            artifact.holders.remove(&node);
+            artifact.forget_holder(node);
         });
     }
     for (app, name) in &report.volumes_deleted {

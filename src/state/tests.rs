@@ -487,3 +487,52 @@ fn a_secret_in_use_is_kept_and_a_missing_one_refuses_the_deploy() {
     let command = Command::PutSecret { name, sealed: vec![], fingerprint: [0; 32], bytes: too_large };
     assert!(applier.apply(command).is_err());
 }
+
+fn part(platforms: &[&str], node: u64) -> Command {
+    let digest = spec("1").image.digest.expect("specs of tests are resolved");
+    let artifact = Artifact {
+        kind: ArtifactKind::LoadedImage,
+        names: ["hello:1".to_owned()].into(),
+        bytes: 1,
+        platforms: platforms.iter().map(|name| (name.to_string(), digest.clone())).collect(),
+        holders: [NodeId(node)].into(),
+        part_holders: Default::default(),
+        digest,
+    };
+    Command::RegisterArtifact { artifact: Box::new(artifact) }
+}
+
+#[test]
+fn a_holder_holds_every_platform_of_an_image() {
+    let mut applier = Applier::with_nodes(3);
+    let digest = spec("1").image.digest.unwrap();
+    let held = |applier: &Applier| {
+        let row = applier.state.artifacts.find(&digest).unwrap();
+        let numbers =
+            |nodes: &std::collections::BTreeSet<NodeId>| nodes.iter().map(|node| node.0).collect::<Vec<_>>();
+        (numbers(&row.holders), numbers(&row.part_holders))
+    };
+    // Two archives of one index: neither node holds all of it.
+    applier.must(part(&["amd64"], 1));
+    assert_eq!(held(&applier), (vec![1], vec![]));
+    applier.must(part(&["arm64"], 2));
+    assert_eq!(held(&applier), (vec![], vec![1, 2]));
+    assert_eq!(super::members::only_copies(&applier.state, NodeId(1)), ["image hello:1"]);
+    // One that fetched the rest says so.
+    let report = NodeReport { holds: vec![digest.clone()], ..NodeReport::default() };
+    let start_id = applier.state.nodes.find(&NodeId(2)).unwrap().start_id.unwrap();
+    applier.must(Command::Report { node: NodeId(2), start_id, report });
+    assert_eq!(held(&applier), (vec![2], vec![1]));
+    assert!(super::members::only_copies(&applier.state, NodeId(1)).is_empty());
+    // The second of two whole archives, and a part again from one that had it all.
+    applier.must(part(&["amd64", "arm64"], 3));
+    applier.must(part(&["amd64"], 2));
+    assert_eq!(held(&applier), (vec![3], vec![1, 2]));
+    // What a registry offers is not what lies here.
+    let Command::RegisterArtifact { mut artifact } = part(&["s390x"], 1) else { unreachable!() };
+    artifact.kind = ArtifactKind::RegistryImage;
+    artifact.holders.clear();
+    applier.must(Command::RegisterArtifact { artifact });
+    assert_eq!(held(&applier), (vec![3], vec![1, 2]));
+    assert_eq!(applier.state.artifacts.find(&digest).unwrap().platform_names(), "amd64, arm64");
+}

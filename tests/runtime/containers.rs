@@ -358,7 +358,7 @@ fn a_sweep_takes_orphans_and_nothing_else() {
     std::fs::create_dir(&cut).unwrap();
     std::fs::write(cut.join("container.json"), "{\"id\":").unwrap();
     assert_eq!(node.runtime.list().unwrap().len(), 1);
-    node.runtime.collect_garbage(&Default::default()).unwrap();
+    node.runtime.collect_garbage(Default::default).unwrap();
     node.runtime.sweep().unwrap();
     assert!(!cut.exists());
     assert_eq!(node.runtime.sweep().unwrap(), Default::default(), "a second sweep finds nothing");

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use tinydc::runtime::images::{
-    BlobRequest, Digest, FetchRequest, LAYER_UNPACKED_BYTES_MAX, LayerBlobs, Platform, SourceError,
+    BlobRequest, Digest, FetchError, FetchRequest, KeepRequest, LAYER_UNPACKED_BYTES_MAX, LayerBlobs,
+    Platform, SourceError,
 };
 use tinydc::runtime::reference::ImageReference;
 use tinydc::runtime::registry::{PullRequest, RegistryClient, RegistryConfig};
@@ -316,13 +317,13 @@ fn a_peer_hands_on_an_image_and_garbage_goes() {
     assert!(to.runtime.images().missing_blobs(&digest).unwrap().is_empty());
 
     let id = from.run(&from.spec("user", "sleep 100"));
-    let none = BTreeSet::new();
-    let collected = from.runtime.collect_garbage(&none).unwrap();
+    let none = BTreeSet::new;
+    let collected = from.runtime.collect_garbage(none).unwrap();
     assert_eq!((collected.images, collected.layers), (1, 0), "a running container keeps its layers");
     from.runtime.stop(&id, libc::SIGKILL, std::time::Duration::ZERO).unwrap();
     from.runtime.remove(&id, tinydc::runtime::KeepLogs::No).unwrap();
-    assert_eq!(from.runtime.collect_garbage(&none).unwrap().layers, 1);
-    assert_eq!(to.runtime.collect_garbage(&BTreeSet::from([digest])).unwrap(), Default::default());
+    assert_eq!(from.runtime.collect_garbage(none).unwrap().layers, 1);
+    assert_eq!(to.runtime.collect_garbage(|| BTreeSet::from([digest])).unwrap(), Default::default());
 }
 
 /// Debian's registry on loopback.
@@ -494,9 +495,12 @@ fn an_image_for_two_platforms_is_one_image_and_handed_on_for_both() {
             }
         };
         let manifests: Vec<Digest> = platforms.iter().map(|(_, manifest)| manifest.clone()).collect();
-        two.runtime.images().keep(digest, Some("both:1"), &manifests, &mut from(&one)).unwrap();
+        let keep = |bytes_max| KeepRequest { digest, name: Some("both:1"), manifests: &manifests, bytes_max };
+        let refused = two.runtime.images().keep(&keep(100), &mut from(&one));
+        assert!(matches!(refused, Err(FetchError::NoSpace { bytes_max: 100, .. })), "{refused:?}");
+        two.runtime.images().keep(&keep(1 << 20), &mut from(&one)).unwrap();
         assert_eq!(two.runtime.images().platforms(digest).unwrap(), platforms);
-        let kept = two.runtime.collect_garbage(&BTreeSet::from([digest.clone()])).unwrap();
+        let kept = two.runtime.collect_garbage(|| BTreeSet::from([digest.clone()])).unwrap();
         assert_eq!(kept, Default::default(), "what is kept for others stays");
         let request = FetchRequest {
             digest,
@@ -510,6 +514,36 @@ fn an_image_for_two_platforms_is_one_image_and_handed_on_for_both() {
         let machine = std::fs::read_to_string(images.layer_path(&image.layers[0]).join("machine")).unwrap();
         assert_eq!(machine, "riscv64");
     }
+}
+
+#[test]
+fn what_can_be_had_of_an_image_is_kept_without_the_rest() {
+    let one = Node::new("kept1");
+    let digest = one.load(&two_platforms(false, None)).unwrap()[0].digest.clone();
+    let platforms = |node: &Node| node.runtime.images().platforms(&digest).unwrap();
+    let manifests: Vec<Digest> = platforms(&one).into_iter().map(|(_, manifest)| manifest).collect();
+    let request = KeepRequest { digest: &digest, name: None, manifests: &manifests, bytes_max: 1 << 20 };
+    for (lacking, held) in [(Some(0), 1), (Some(1), 1), (None, 2)] {
+        let mut source = |blob: &BlobRequest| -> Result<Box<dyn Read>, SourceError> {
+            match lacking {
+                Some(number) if blob.digest == manifests[number] => Err("on a node that is down".into()),
+                _ => Ok(Box::new(one.runtime.images().open_blob(&blob.digest)?)),
+            }
+        };
+        let two = Node::new("kept2");
+        let kept = two.runtime.images().keep(&request, &mut source);
+        assert_eq!((kept.is_ok(), platforms(&two).len()), (lacking.is_none(), held));
+    }
+}
+
+#[test]
+fn what_was_loaded_stays_until_something_else_keeps_it() {
+    let node = Node::new("held");
+    let archive = docker_archive("a:1", &[busybox_layer()], serde_json::json!({}));
+    let loaded = node.load(&archive).unwrap();
+    assert_eq!(node.runtime.collect_garbage(BTreeSet::new).unwrap(), Default::default());
+    drop(loaded);
+    assert_eq!(node.runtime.collect_garbage(BTreeSet::new).unwrap().images, 1);
 }
 
 #[test]

@@ -86,12 +86,14 @@ fn print_images(images: &[ImageBody]) {
     let mut table = Table::new(&["IMAGE", "DIGEST", "SIZE", "PLATFORMS", "NODES", "FROM"]);
     for image in images {
         let names = if image.names.is_empty() { "(no name)".into() } else { image.names.join(" ") };
+        let parts = image.part_nodes.iter().map(|node| format!("{node} (part)"));
+        let nodes: Vec<String> = image.nodes.iter().cloned().chain(parts).collect();
         table.row([
             names.into(),
             image.digest.short().into(),
             size(image.bytes).into(),
             image.platforms.join(" ").into(),
-            image.nodes.join(" ").into(),
+            nodes.join(" ").into(),
             (&image.source).into(),
         ]);
     }

@@ -6,6 +6,7 @@
 //! Invariant: an image has a record only if every byte matched its digest (`tests/runtime`, wrong digests).
 
 use crate::model::Gather;
+use std::collections::BTreeMap;
 use std::io::{self, Read};
 
 use super::decompress::decompress;
@@ -46,6 +47,8 @@ pub enum FetchError {
         #[source]
         source: io::Error,
     },
+    #[error("{} MiB are missing, and only {} MiB may be written", bytes.div_ceil(1 << 20), bytes_max >> 20)]
+    NoSpace { bytes: u64, bytes_max: u64 },
     #[error("{0} is an index inside an index")]
     NestedIndex(Digest),
 }
@@ -102,6 +105,15 @@ pub struct FetchRequest<'a> {
     pub layer_unpacked_bytes_max: u64,
 }
 
+/// What to hand on of an image.
+pub struct KeepRequest<'a> {
+    pub digest: &'a Digest,
+    pub name: Option<&'a str>,
+    pub manifests: &'a [Digest],
+    /// Nothing is written if more is missing.
+    pub bytes_max: u64,
+}
+
 /// Opens a blob. Its bytes are not trusted; its reader must not block for ever.
 pub type BlobSource<'a> = dyn FnMut(&BlobRequest) -> Result<Box<dyn Read>, SourceError> + 'a;
 
@@ -147,33 +159,48 @@ impl ImageStore {
         Ok(self.record(image)?)
     }
 
-    /// Brings the blobs of these manifests of an image, to hand them on: nothing is unpacked. Blocks.
-    pub fn keep(
-        &self,
-        digest: &Digest,
-        name: Option<&str>,
-        manifests: &[Digest],
-        source: &mut BlobSource<'_>,
-    ) -> Result<(), FetchError> {
-        let mut held = self.hold_image(digest);
-        self.document(&manifest_request(digest, None), source)?;
-        for manifest in manifests {
+    /// Brings the blobs of these manifests of an image, to hand them on: nothing is unpacked. What can't be had does not
+    /// keep the rest away; it is the error at the end. Blocks.
+    pub fn keep(&self, request: &KeepRequest<'_>, source: &mut BlobSource<'_>) -> Result<(), FetchError> {
+        let digest = request.digest.clone();
+        let mut held = self.hold_image(&digest);
+        self.document(&manifest_request(&digest, None), source)?;
+        let (mut missing, mut failure) = (BTreeMap::new(), None);
+        for manifest in request.manifests {
             held.push(self.hold(self.blob_path(manifest)));
-            let bytes = self.document(&manifest_request(manifest, None), source)?;
-            let Document::Manifest(manifest) = Document::parse(manifest, &bytes)? else {
-                return Err(FetchError::NestedIndex(manifest.clone()));
-            };
-            let blobs = manifest.layers.iter().map(|layer| (BlobKind::Layer, layer));
-            for (kind, blob) in blobs.chain([(BlobKind::Config, &manifest.config)]) {
-                held.push(self.hold(self.blob_path(&blob.digest)));
-                if !self.has_blob(&blob.digest) {
-                    self.write_blob(blob, open(kind, blob, source)?)?;
-                }
+            match self.parts(manifest, source) {
+                Ok(parts) => missing.extend(parts),
+                Err(error) => failure = Some(error),
             }
         }
-        let (digest, names) = (digest.clone(), name.map(str::to_owned).into_iter().gather());
+        held.extend(missing.keys().map(|digest| self.hold(self.blob_path(digest))));
+        missing.retain(|digest, _| !self.has_blob(digest));
+        let bytes = missing.values().map(|(_, blob)| blob.size_bytes).sum();
+        if bytes > request.bytes_max {
+            return Err(FetchError::NoSpace { bytes, bytes_max: request.bytes_max });
+        }
+        for (kind, blob) in missing.values() {
+            let written = open(*kind, blob, source).and_then(|reader| Ok(self.write_blob(blob, reader)?));
+            failure = written.err().or(failure);
+        }
+        let names = request.name.map(str::to_owned).into_iter().gather();
         self.record(Image { digest, names, manifest: None, layers: Vec::new(), size_bytes: 0 })?;
-        Ok(())
+        failure.map_or(Ok(()), Err)
+    }
+
+    /// The layers and the configuration that a manifest names.
+    fn parts(
+        &self,
+        manifest: &Digest,
+        source: &mut BlobSource<'_>,
+    ) -> Result<BTreeMap<Digest, (BlobKind, BlobRef)>, FetchError> {
+        let bytes = self.document(&manifest_request(manifest, None), source)?;
+        let Document::Manifest(manifest) = Document::parse(manifest, &bytes)? else {
+            return Err(FetchError::NestedIndex(manifest.clone()));
+        };
+        let layers = manifest.layers.into_iter().map(|layer| (BlobKind::Layer, layer));
+        let parts = layers.chain([(BlobKind::Config, manifest.config)]);
+        Ok(parts.map(|(kind, blob)| (blob.digest.clone(), (kind, blob))).gather())
     }
 
     fn platform_manifest(

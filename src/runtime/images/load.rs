@@ -3,7 +3,7 @@
 //! Input: an untrusted stream, perhaps compressed. Output: images with their names. A `docker save` archive has no
 //! OCI manifest; one is made here, always the same for the same content, so its digest is the same on every node.
 
-use crate::model::Gather;
+use crate::model::{Gather, Order};
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
@@ -55,23 +55,25 @@ pub enum LoadError {
 }
 
 /// One image of an archive.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Loaded {
     pub digest: Digest,
     /// As the archive writes them: `web:1.2`, `docker.io/library/web:1.2`; a bare tag when it knows no more.
     pub names: Vec<String>,
     /// `false`: built for other machines; kept so that they can get it from here.
     pub is_runnable_here: bool,
+    /// To be dropped when something else keeps the image: what nothing names is swept away.
+    pub held: Vec<Hold>,
 }
 
 /// What one pass over an archive found.
 #[derive(Default)]
-struct Contents<'store> {
+struct Contents {
     index: Option<Vec<u8>>,
     docker_manifest: Option<Vec<u8>>,
     files: BTreeMap<PathBuf, BlobRef>,
     links: BTreeMap<PathBuf, PathBuf>,
-    held: Vec<Hold<'store>>,
+    held: Vec<Hold>,
 }
 
 #[derive(Deserialize)]
@@ -85,7 +87,17 @@ struct LayoutEntry {
     #[serde(default)]
     annotations: BTreeMap<String, String>,
     #[serde(default)]
-    platform: Option<serde::de::IgnoredAny>,
+    platform: Option<LayoutPlatform>,
+}
+
+#[derive(PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+struct LayoutPlatform {
+    os: String,
+    architecture: String,
+    #[serde(default)]
+    variant: Option<String>,
+    #[serde(default, rename = "os.version")]
+    version: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -112,7 +124,7 @@ impl ImageStore {
         tops.into_iter().map(|(digest, names)| self.admit(digest, names, platform)).collect()
     }
 
-    fn read_archive(&self, archive: impl Read) -> Result<Contents<'_>, LoadError> {
+    fn read_archive(&self, archive: impl Read) -> Result<Contents, LoadError> {
         let mut contents = Contents::default();
         let stream = decompress(archive).map_err(LoadError::ReadArchive)?;
         let mut archive = tar::Archive::new(stream.chain(io::repeat(0).take(1536)));
@@ -126,10 +138,10 @@ impl ImageStore {
         Ok(contents)
     }
 
-    fn read_entry<'store>(
-        &'store self,
+    fn read_entry(
+        &self,
         mut entry: tar::Entry<'_, impl Read>,
-        contents: &mut Contents<'store>,
+        contents: &mut Contents,
     ) -> Result<(), LoadError> {
         let path = normal(&entry.path().map_err(LoadError::ReadArchive)?);
         let kind = entry.header().entry_type();
@@ -162,11 +174,7 @@ impl ImageStore {
     }
 
     /// Stores a stream under the digest that it turns out to have.
-    fn write_unnamed_blob<'store>(
-        &'store self,
-        source: impl Read,
-        contents: &mut Contents<'store>,
-    ) -> Result<BlobRef, LoadError> {
+    fn write_unnamed_blob(&self, source: impl Read, contents: &mut Contents) -> Result<BlobRef, LoadError> {
         let mut temporary = self.temporary_file()?;
         let mut reader = HashingReader::new(source, LAYER_BYTES_MAX);
         copy_flushing(&mut reader, &mut temporary.file).map_err(|error| match error {
@@ -186,7 +194,7 @@ impl ImageStore {
     fn docker_images(
         &self,
         manifest: &[u8],
-        contents: &Contents<'_>,
+        contents: &Contents,
     ) -> Result<Vec<(Digest, Vec<String>)>, LoadError> {
         let entries: Vec<DockerEntry> = parse("manifest.json", manifest)?;
         let mut images = Vec::new();
@@ -220,7 +228,14 @@ impl ImageStore {
         let LayoutIndex { mut manifests } = parse("index.json", index)?;
         let name = manifests.first().and_then(LayoutEntry::name);
         let is_part = |entry: &LayoutEntry| entry.platform.is_some() && entry.name() == name;
-        if manifests.len() > 1 && manifests.iter().all(is_part) {
+        // Attestations call theirs unknown, one for each platform.
+        let platforms = manifests.iter().filter_map(|entry| entry.platform.as_ref());
+        let mut known: Vec<_> = platforms.filter(|platform| platform.os != "unknown").collect();
+        let count = known.len();
+        known.order();
+        known.dedup();
+        let is_one = name.is_some() && known.len() == count && manifests.iter().all(is_part);
+        if manifests.len() > 1 && is_one {
             let blob = self.write_document(index)?;
             manifests.truncate(1);
             manifests[0].digest = blob.digest.to_string();
@@ -241,7 +256,7 @@ impl ImageStore {
 
     /// Unpacks one image, or keeps it for others when it does not run here.
     fn admit(&self, digest: Digest, names: Vec<String>, platform: &Platform) -> Result<Loaded, LoadError> {
-        let mut is_runnable_here = true;
+        let (held, mut is_runnable_here) = (self.hold_image(&digest), true);
         // The record takes all names; `fetch` writes the first.
         let request = FetchRequest {
             digest: &digest,
@@ -266,7 +281,7 @@ impl ImageStore {
             }
             Err(source) => return Err(LoadError::Image { digest, source }),
         }
-        Ok(Loaded { digest, names, is_runnable_here })
+        Ok(Loaded { digest, names, is_runnable_here, held })
     }
 }
 
@@ -277,7 +292,7 @@ impl LayoutEntry {
     }
 }
 
-impl Contents<'_> {
+impl Contents {
     /// A file of the archive by the name that `manifest.json` gives it, through the archive's own links.
     fn file(&self, name: &str) -> Result<BlobRef, LoadError> {
         let mut path = normal(Path::new(name));
@@ -356,4 +371,41 @@ fn normal(path: &Path) -> PathBuf {
         }
     }
     clean
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_named_platforms_of_one_image_are_one_image() {
+        let folder = std::env::temp_dir().join(format!("tinydc-layout-{}", std::process::id()));
+        let store = ImageStore::open(&folder).unwrap();
+        let entry = |number: u8, architecture: &str, name: &str| {
+            let digest = format!("sha256:{}", format!("{number:02x}").repeat(32));
+            let os = if architecture == "unknown" { "unknown" } else { "linux" };
+            let annotations = match name {
+                "" => json!({}),
+                _ => json!({ "org.opencontainers.image.ref.name": name }),
+            };
+            json!({ "digest": digest, "annotations": annotations,
+                "platform": { "os": os, "architecture": architecture } })
+        };
+        let cases = [
+            ("one image", vec![entry(1, "amd64", "a"), entry(2, "arm64", "a")], 1),
+            (
+                "with attestations",
+                vec![entry(1, "amd64", "a"), entry(2, "unknown", "a"), entry(3, "unknown", "a")],
+                1,
+            ),
+            ("without a name", vec![entry(1, "amd64", ""), entry(2, "arm64", "")], 2),
+            ("two names", vec![entry(1, "amd64", "a"), entry(2, "arm64", "b")], 2),
+            ("one platform twice", vec![entry(1, "amd64", "a"), entry(2, "amd64", "a")], 2),
+        ];
+        for (what, manifests, images) in cases {
+            let index = json!({ "schemaVersion": 2, "manifests": manifests }).to_string();
+            assert_eq!(store.layout_images(index.as_bytes(), None).unwrap().len(), images, "{what}");
+        }
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
 }

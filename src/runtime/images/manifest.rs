@@ -33,6 +33,8 @@ pub enum ManifestError {
     },
     #[error("the image is not built for {wanted}; it has {offered}")]
     NoPlatform { wanted: Platform, offered: String },
+    #[error("no machine can run the image: it has {offered}")]
+    Unrunnable { offered: String },
     #[error("{manifest} has {layers} layers but its configuration lists {diff_ids}")]
     LayerCount { manifest: Digest, layers: usize, diff_ids: usize },
     #[error("{manifest} has {layers} layers; at most {LAYERS_MAX} can be stacked")]
@@ -48,16 +50,37 @@ pub struct Platform {
     pub variant: Option<String>,
 }
 
+/// What a node may be: as Rust names it, and as image indexes do.
+const HOSTS: [(&str, &str, Option<&str>); 4] = [
+    ("x86_64", "amd64", None),
+    ("aarch64", "arm64", Some("v8")),
+    ("arm", "arm", Some("v7")),
+    ("riscv64", "riscv64", None),
+];
+
 impl Platform {
     /// The platform of this binary.
     pub fn host() -> Platform {
-        let (architecture, variant) = match std::env::consts::ARCH {
-            "x86_64" => ("amd64", None),
-            "aarch64" => ("arm64", Some("v8")),
-            "arm" => ("arm", Some("v7")),
-            other => (other, None),
-        };
+        let own = HOSTS.iter().find(|(name, ..)| *name == std::env::consts::ARCH);
+        let (_, architecture, variant) = own.copied().unwrap_or(("", std::env::consts::ARCH, None));
         Platform { architecture: architecture.into(), variant: variant.map(Into::into) }
+    }
+
+    /// Whether some node could run such an offer. A node's architecture decides: it has one platform.
+    pub fn is_runnable(&self) -> bool {
+        HOSTS.iter().any(|(_, architecture, variant)| {
+            let host = Platform { architecture: (*architecture).into(), variant: variant.map(Into::into) };
+            host.suits(self).is_some()
+        })
+    }
+
+    /// Those offers that some node could run. None of them: whoever deploys it is to hear so at once.
+    pub fn runnable(offers: Vec<Platform>) -> Result<Vec<Platform>, ManifestError> {
+        let runnable: Vec<Platform> = offers.iter().filter(|offer| offer.is_runnable()).cloned().collect();
+        if runnable.is_empty() {
+            return Err(ManifestError::Unrunnable { offered: names(&offers) });
+        }
+        Ok(runnable)
     }
 
     /// How well an offer suits: higher is better, `None` does not run here.
@@ -87,6 +110,11 @@ impl std::fmt::Display for Platform {
             None => Ok(()),
         }
     }
+}
+
+fn names(offers: &[Platform]) -> String {
+    let names: Vec<String> = offers.iter().map(Platform::to_string).collect();
+    if names.is_empty() { "nothing for linux".into() } else { names.join(", ") }
 }
 
 /// A blob that a manifest or an index names.
@@ -235,10 +263,8 @@ impl Index {
         let suited =
             self.manifests.iter().rev().filter_map(|(offer, blob)| Some((wanted.suits(offer)?, blob)));
         suited.max_by_key(|(rank, _)| *rank).map(|(_, blob)| blob).ok_or_else(|| {
-            let offered: Vec<String> = self.manifests.iter().map(|(offer, _)| offer.to_string()).collect();
-            let offered =
-                if offered.is_empty() { "nothing for linux".to_owned() } else { offered.join(", ") };
-            ManifestError::NoPlatform { wanted: wanted.clone(), offered }
+            let offers: Vec<Platform> = self.manifests.iter().map(|(offer, _)| offer.clone()).collect();
+            ManifestError::NoPlatform { wanted: wanted.clone(), offered: names(&offers) }
         })
     }
 }
@@ -277,6 +303,11 @@ impl ConfigDocument {
             health,
         };
         let architecture = parsed.architecture().to_string();
+        let os = parsed.os().to_string();
+        // Old tools left it empty, and meant Linux.
+        if !os.is_empty() && os != "linux" {
+            return Err(ManifestError::Unrunnable { offered: format!("{os}/{architecture}") });
+        }
         let variant = parsed.variant().clone();
         Ok(ConfigDocument { config, platform: Platform { architecture, variant }, diff_ids })
     }
@@ -287,7 +318,7 @@ impl ConfigDocument {
         if layers != diff_ids {
             return Err(ManifestError::LayerCount { manifest: manifest.digest.clone(), layers, diff_ids });
         }
-        if host.architecture != self.platform.architecture {
+        if host.suits(&self.platform).is_none() {
             let offered = self.platform.to_string();
             return Err(ManifestError::NoPlatform { wanted: host.clone(), offered });
         }
@@ -378,6 +409,25 @@ mod tests {
             let chosen = index.choose(&platform(host)).ok().map(|blob| blob.digest.clone());
             assert_eq!(chosen, expected.map(digest), "{host} of {offers:?}");
         }
+    }
+
+    #[test]
+    fn what_no_machine_runs_is_refused() {
+        let text =
+            r#"{"architecture":"amd64","os":"windows","config":{},"rootfs":{"type":"layers","diff_ids":[]}}"#;
+        let refused = ConfigDocument::parse(&Digest::of(b""), text.as_bytes()).unwrap_err();
+        assert_eq!(refused.to_string(), "no machine can run the image: it has windows/amd64");
+        let runs = |offers: &[&str]| {
+            let offers = offers.iter().map(|text| platform(text)).collect();
+            let names = |offers: Vec<Platform>| offers.iter().map(Platform::to_string).collect::<Vec<_>>();
+            Platform::runnable(offers).map(names).map_err(|error| error.to_string())
+        };
+        let both = runs(&["amd64/v3", "amd64", "arm64/v9", "arm64/v8", "arm/v8", "arm/v6", "s390x"]);
+        assert_eq!(both.unwrap(), ["linux/amd64", "linux/arm64/v8", "linux/arm/v6"]);
+        let refused = runs(&["amd64/v3", "arm64/v9"]).unwrap_err();
+        assert_eq!(refused, "no machine can run the image: it has linux/amd64/v3, linux/arm64/v9");
+        let refused = runs(&[]).unwrap_err();
+        assert_eq!(refused, "no machine can run the image: it has nothing for linux");
     }
 
     #[test]

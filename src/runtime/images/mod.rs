@@ -11,13 +11,13 @@ mod unpack;
 
 pub use digest::{Digest, DigestError};
 pub use fetch::{
-    BlobKind, BlobRequest, BlobSource, FetchError, FetchRequest, LAYER_UNPACKED_BYTES_MAX, LayerBlobs,
-    Progress, SourceError, no_source,
+    BlobKind, BlobRequest, BlobSource, FetchError, FetchRequest, KeepRequest, LAYER_UNPACKED_BYTES_MAX,
+    LayerBlobs, Progress, SourceError, no_source,
 };
 pub use load::{LoadError, Loaded};
 pub use manifest::{
     BlobRef, ConfigDocument, DOCUMENT_BYTES_MAX, Document, ImageConfig, Index, LAYER_BYTES_MAX, Manifest,
     ManifestError, Platform,
 };
-pub use store::{Collected, Image, ImageStore, StoreError};
+pub use store::{Collected, Hold, Image, ImageStore, StoreError};
 pub use unpack::{UnpackError, unpack};

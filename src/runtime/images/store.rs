@@ -17,7 +17,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
 use serde::{Deserialize, Serialize};
 
@@ -75,7 +75,7 @@ pub struct Image {
 pub struct ImageStore {
     root: PathBuf,
     /// Blobs and layers being written or relied on by an operation under way.
-    busy: Mutex<Busy>,
+    busy: Arc<Mutex<Busy>>,
     freed: Condvar,
     next_temporary: AtomicU64,
 }
@@ -99,7 +99,7 @@ impl ImageStore {
     pub fn open(data_dir: &Path) -> Result<ImageStore, StoreError> {
         let store = ImageStore {
             root: data_dir.to_owned(),
-            busy: Mutex::default(),
+            busy: Arc::default(),
             freed: Condvar::new(),
             next_temporary: AtomicU64::new(0),
         };
@@ -274,7 +274,7 @@ impl ImageStore {
         };
         let mut whole: Vec<(Platform, Digest)> = Vec::new();
         for (platform, manifest) in named {
-            if self.missing_blobs(&manifest)?.is_empty() {
+            if platform.is_runnable() && self.missing_blobs(&manifest)?.is_empty() {
                 whole.push((platform, manifest));
             }
         }
@@ -307,15 +307,17 @@ impl ImageStore {
         Ok(blobs)
     }
 
-    /// Removes every image that is not in `keep`, then every blob and layer that no kept image and nothing in
-    /// `layers_in_use` needs. What an operation under way relies on stays.
+    /// Removes every image that `keep` does not name, then every blob and layer that no kept image and nothing in
+    /// `layers_in_use` needs. What an operation under way relies on stays. `keep` is asked when no hold can end any more:
+    /// what was held until it was in the state is in one of both.
     pub fn collect_garbage(
         &self,
-        keep: &BTreeSet<Digest>,
+        keep: impl FnOnce() -> BTreeSet<Digest>,
         layers_in_use: &BTreeSet<Digest>,
     ) -> Result<Collected, StoreError> {
         let mut collected = Collected::default();
         let busy = self.lock();
+        let keep = keep();
         // A digest in `keep` may also be content, which has no record.
         let (mut blobs, mut layers) = (keep.clone(), layers_in_use.clone());
         for digest in self.digests_in("images")? {
@@ -384,12 +386,17 @@ impl ImageStore {
     }
 
     /// Keeps the garbage collector away from `path` until the guard is dropped.
-    pub(super) fn hold(&self, path: PathBuf) -> Hold<'_> {
+    pub(super) fn hold(&self, path: PathBuf) -> Hold {
         *self.lock().needed.entry(path.clone()).or_default() += 1;
-        Hold { store: self, path }
+        Hold { busy: self.busy.clone(), path }
     }
 
-    pub(super) fn hold_image(&self, digest: &Digest) -> Vec<Hold<'_>> {
+    pub fn hold_blob(&self, digest: &Digest) -> Hold {
+        self.hold(self.blob_path(digest))
+    }
+
+    /// Its record stays, and with that whatever the image needs.
+    pub fn hold_image(&self, digest: &Digest) -> Vec<Hold> {
         vec![self.hold(self.record_path(digest)), self.hold(self.blob_path(digest))]
     }
 }
@@ -412,14 +419,16 @@ impl Drop for Claim<'_> {
     }
 }
 
-pub(super) struct Hold<'store> {
-    store: &'store ImageStore,
+/// Keeps the garbage collector away from a file until it is dropped.
+#[derive(Debug)]
+pub struct Hold {
+    busy: Arc<Mutex<Busy>>,
     path: PathBuf,
 }
 
-impl Drop for Hold<'_> {
+impl Drop for Hold {
     fn drop(&mut self) {
-        let mut busy = self.store.lock();
+        let mut busy = self.busy.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some(count) = busy.needed.get_mut(&self.path) {
             *count -= 1;
             if *count == 0 {
