@@ -74,7 +74,7 @@ pub fn attend(wanted: &[NodeDisk]) -> Vec<String> {
 fn detach_pulled(disk: &NodeDisk) -> Result<()> {
     for _ in 0..LAYERS_MAX {
         let mounts = mounts_of("self").context("read the table of mounts")?;
-        let is_pulled = |mount: &Mount| !mount.is_cover && !mount.is_alive();
+        let is_pulled = |mount: &Mount| !mount.is_cover() && !mount.is_alive();
         if !mounted(&mounts, disk).is_some_and(is_pulled) {
             break;
         }
