@@ -410,18 +410,24 @@ impl Worker {
             let Some(spec) = spec_of(state, instance.id).filter(|spec| disks.is_bound_by(spec)) else {
                 continue;
             };
-            let lack = disks.lack(spec, absent, &name).or_else(|| {
-                match self.shared.ground.runtime.state(&container_id(instance.id)) {
-                    ContainerState::Running { main, .. } => disks.holds_gone(spec, main.pid),
-                    _ => None,
-                }
-            });
+            let lack = disks.lack(spec, absent, &name);
+            let pulled = match self.shared.ground.runtime.state(&container_id(instance.id)) {
+                ContainerState::Running { main, .. } if lack.is_none() => disks.holds_gone(spec, main.pid),
+                _ => None,
+            };
             let mut locals = self.shared.locals();
             let local = locals.entry(instance.id).or_default();
             if let Some(why) = lack.as_ref().filter(|_| local.lacks_disk.is_none()) {
                 warn!(instance = %instance.id, why, "a container's disk is absent");
             }
             local.lacks_disk = lack;
+            // One that is being stopped for it keeps its reason until it has.
+            if !local.is_busy {
+                if let Some(why) = &pulled {
+                    warn!(instance = %instance.id, why, "a container holds on to a disk that was pulled");
+                }
+                local.holds_pulled = pulled;
+            }
         }
     }
 
@@ -529,7 +535,7 @@ impl Worker {
             }
             Signal::Launched { instance, error } => self.launched(instance, error, now),
             Signal::Stopped { instance, error } => {
-                self.done(instance, error, "stop a container", |local| local.presence = Presence::Stopped);
+                self.done(instance, error, "stop a container", |local| local.stopped(now));
             }
             Signal::Removed { instance, error } => {
                 self.done(instance, error, "remove a container", |local| local.presence = Presence::Absent);
