@@ -431,24 +431,25 @@ impl Worker {
         }
     }
 
-    /// Tells the cluster of this run of the daemon, until the state shows it; of its disks before, if they changed.
+    /// Tells the cluster of this run of the daemon, and then of its disks, until the state shows it.
     fn announce(&mut self, state: &State, now: Mono) {
         let Some(row) = state.nodes.find(&self.config.node) else { return };
-        let (node, disks) = (self.config.node, self.shared.ground.disks.named());
-        let is_known =
-            row.start_id == Some(self.config.start_id) && row.stopped_at.is_none() && row.disks == disks;
+        let (node, start_id) = (self.config.node, self.config.start_id);
+        let disks = self.shared.ground.disks.named();
+        let is_started = row.start_id == Some(start_id) && row.stopped_at.is_none();
+        let knows_disks = row.disks == disks && (disks.is_empty() || row.disks_told_by == Some(start_id));
         let is_due = self.announced_at.is_none_or(|at| now.since_ms(at) >= 300);
-        if !is_known && is_due {
+        if !(is_started && knows_disks) && is_due {
             self.announced_at = Some(now);
-            let command = match row.disks == disks {
-                true => Command::NodeStarted {
+            let command = match is_started {
+                true => Command::NoteDisks { node, start_id, disks: disks.to_vec() },
+                false => Command::NodeStarted {
                     node,
-                    start_id: self.config.start_id,
+                    start_id,
                     architecture: Architecture::own(),
                     size: self.config.size,
                     software: self.config.software.clone(),
                 },
-                false => Command::NoteDisks { node, disks: disks.to_vec() },
             };
             self.config.replica.input_or_drop(Input::Report { command: Box::new(command) });
         }
