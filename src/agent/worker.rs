@@ -423,9 +423,7 @@ impl Worker {
             local.lacks_disk = lack;
             // One that is being stopped for it keeps its reason until it has.
             if !local.is_busy {
-                if let Some(why) = &pulled {
-                    warn!(instance = %instance.id, why, "a container holds on to a disk that was pulled");
-                }
+                pulled.iter().for_each(|why| warn!(instance = %instance.id, why, "a disk was pulled"));
                 local.holds_pulled = pulled;
             }
         }
