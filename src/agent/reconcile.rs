@@ -37,8 +37,20 @@ pub struct Local {
     pub stopped_because: Option<String>,
     /// A disk that its service binds is not there, in a sentence: it must not run.
     pub lacks_disk: Option<String>,
+    /// It runs with a disk that was pulled and is back, in a sentence: it must be started anew, as after a failure.
+    pub holds_pulled: Option<String>,
     /// A removal was begun because the state asks for it.
     pub is_gone: bool,
+}
+
+impl Local {
+    /// Its container was stopped by the agent. One that held on to a pulled disk has that as the reason, and a backoff.
+    pub fn stopped(&mut self, now: Mono) {
+        self.presence = Presence::Stopped;
+        if let Some(why) = self.holds_pulled.take() {
+            self.restarts.not_started(why, now);
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -101,7 +113,10 @@ pub fn reconcile(
 
 fn next(situation: &Situation<'_>, instance: &Instance, local: &Local) -> Option<Action> {
     match (instance.desired, local.presence) {
-        (Desired::Run, Presence::Running) => local.lacks_disk.is_some().then_some(Action::Stop),
+        (Desired::Run, Presence::Running) => {
+            let must_end = local.lacks_disk.is_some() || local.holds_pulled.is_some();
+            must_end.then_some(Action::Stop)
+        }
         (Desired::Run, _) if local.lacks_disk.is_some() => None,
         (Desired::Run, Presence::Absent | Presence::Stopped) => {
             let service = situation.state.services.find(&instance.service)?;
@@ -233,6 +248,30 @@ mod tests {
         assert_eq!(finding(applier.state.instances.find(&id).unwrap(), &stopped, Mono(0)), None);
         applier.must(Command::RemoveApp { app: AppName::new("shop").unwrap(), with_volumes: false });
         assert_eq!(act(&applier.state, true, &stopped), [(id, Action::Remove)]);
+    }
+
+    #[test]
+    fn what_holds_on_to_a_pulled_disk_is_started_anew_with_a_reason_and_ever_later() {
+        let (applier, id) = one_instance();
+        let mut local = Local::default();
+        let mut launches = Vec::new();
+        for ms in 0..120_000 {
+            let now = Mono(1000).plus_ms(ms);
+            let at = Situation { now, ..situation(&applier.state, true) };
+            match reconcile(&at, &[(id, local.clone())].into()).as_slice() {
+                [(_, Action::Launch)] => {
+                    launches.push(ms);
+                    local.presence = Presence::Running;
+                    local.restarts.started(now);
+                    local.holds_pulled = Some("disk media was pulled".into());
+                }
+                [(_, Action::Stop)] => local.stopped(now),
+                other => assert_eq!(other, []),
+            }
+        }
+        assert!((5..12).contains(&launches.len()), "{launches:?}");
+        let told = local.restarts.describe(Mono(1000)).unwrap();
+        assert!(told.contains("disk media was pulled"), "{told}");
     }
 
     #[test]

@@ -401,48 +401,50 @@ impl Worker {
     /// What binds a disk that is not there must not run, and what holds on to one that was pulled must start anew.
     fn judge_disks(&mut self, state: &State) {
         let disks = &self.shared.ground.disks;
-        if disks.named().is_empty() {
-            return;
-        }
         let absent = disks.absent();
         let name = state.node_name(self.config.node);
         for instance in state.instances_on(self.config.node) {
             let Some(spec) = spec_of(state, instance.id).filter(|spec| disks.is_bound_by(spec)) else {
                 continue;
             };
-            let lack = disks.lack(spec, absent, &name).or_else(|| {
-                match self.shared.ground.runtime.state(&container_id(instance.id)) {
-                    ContainerState::Running { main, .. } => disks.holds_gone(spec, main.pid),
-                    _ => None,
-                }
-            });
+            let lack = disks.lack(spec, absent, &name);
+            let pulled = match self.shared.ground.runtime.state(&container_id(instance.id)) {
+                ContainerState::Running { main, .. } if lack.is_none() => disks.holds_gone(spec, main.pid),
+                _ => None,
+            };
             let mut locals = self.shared.locals();
             let local = locals.entry(instance.id).or_default();
             if let Some(why) = lack.as_ref().filter(|_| local.lacks_disk.is_none()) {
                 warn!(instance = %instance.id, why, "a container's disk is absent");
             }
             local.lacks_disk = lack;
+            // One that is being stopped for it keeps its reason until it has.
+            if !local.is_busy {
+                pulled.iter().for_each(|why| warn!(instance = %instance.id, why, "a disk was pulled"));
+                local.holds_pulled = pulled;
+            }
         }
     }
 
-    /// Tells the cluster of this run of the daemon, until the state shows it; of its disks before, if they changed.
+    /// Tells the cluster of this run of the daemon, and then of its disks, until the state shows it.
     fn announce(&mut self, state: &State, now: Mono) {
         let Some(row) = state.nodes.find(&self.config.node) else { return };
-        let (node, disks) = (self.config.node, self.shared.ground.disks.named());
-        let is_known =
-            row.start_id == Some(self.config.start_id) && row.stopped_at.is_none() && row.disks == disks;
+        let (node, start_id) = (self.config.node, self.config.start_id);
+        let disks = self.shared.ground.disks.named();
+        let is_started = row.start_id == Some(start_id) && row.stopped_at.is_none();
+        let knows_disks = row.disks == disks && (disks.is_empty() || row.disks_told_by == Some(start_id));
         let is_due = self.announced_at.is_none_or(|at| now.since_ms(at) >= 300);
-        if !is_known && is_due {
+        if !(is_started && knows_disks) && is_due {
             self.announced_at = Some(now);
-            let command = match row.disks == disks {
-                true => Command::NodeStarted {
+            let command = match is_started {
+                true => Command::NoteDisks { node, start_id, disks: disks.to_vec() },
+                false => Command::NodeStarted {
                     node,
-                    start_id: self.config.start_id,
+                    start_id,
                     architecture: Architecture::own(),
                     size: self.config.size,
                     software: self.config.software.clone(),
                 },
-                false => Command::NoteDisks { node, disks: disks.to_vec() },
             };
             self.config.replica.input_or_drop(Input::Report { command: Box::new(command) });
         }
@@ -529,7 +531,7 @@ impl Worker {
             }
             Signal::Launched { instance, error } => self.launched(instance, error, now),
             Signal::Stopped { instance, error } => {
-                self.done(instance, error, "stop a container", |local| local.presence = Presence::Stopped);
+                self.done(instance, error, "stop a container", |local| local.stopped(now));
             }
             Signal::Removed { instance, error } => {
                 self.done(instance, error, "remove a container", |local| local.presence = Presence::Absent);
@@ -750,9 +752,8 @@ impl Worker {
         }
         self.swept_at = Some(now);
         let (ground, replica) = (self.shared.ground.clone(), self.config.replica.clone());
-        self.errands.push(self.config.executor.launch(async move {
-            unblock(move || disk::sweep_files(&ground, || replica.state())).await;
-        }));
+        let sweep = unblock(move || disk::sweep_files(&ground, || replica.state()));
+        self.errands.push(self.config.executor.launch(sweep));
     }
 
     fn watch_disk(&mut self, state: &State, now: Mono) {

@@ -18,6 +18,9 @@ const AGAIN_MS: u64 = 30_000;
 /// The table of mounts is looked at this often at most, when nothing happens.
 const LOOK_EVERY_MS: u64 = 1_000;
 
+/// From the first look to the word that a disk is absent: some take a while to spin up.
+const TELL_AFTER_MS: u64 = 3_000;
+
 /// Mounts at one place, the uppermost of which count.
 const LAYERS_MAX: usize = 8;
 
@@ -74,7 +77,7 @@ pub fn attend(wanted: &[NodeDisk]) -> Vec<String> {
 fn detach_pulled(disk: &NodeDisk) -> Result<()> {
     for _ in 0..LAYERS_MAX {
         let mounts = mounts_of("self").context("read the table of mounts")?;
-        let is_pulled = |mount: &Mount| !mount.is_cover && !mount.is_alive();
+        let is_pulled = |mount: &Mount| !mount.is_cover() && !mount.is_alive();
         if !mounted(&mounts, disk).is_some_and(is_pulled) {
             break;
         }
@@ -96,6 +99,8 @@ pub struct Attached {
     /// When a child is to look at the disks.
     look_at_ms: Option<u64>,
     judged_ms: u64,
+    /// When it is told what the start did not find; `None` once that is done.
+    tell_at_ms: Option<u64>,
 }
 
 impl Attached {
@@ -104,7 +109,8 @@ impl Attached {
         let present: Vec<bool> = wanted.iter().map(|disk| is_present(&mounts, disk)).collect();
         // Events of the start were not heard here.
         let look_at_ms = present.contains(&false).then_some(0);
-        Attached { wanted, present, child: None, look_at_ms, judged_ms: 0 }
+        let tell_at_ms = look_at_ms.map(|_| u64::MAX);
+        Attached { wanted, present, child: None, look_at_ms, judged_ms: 0, tell_at_ms }
     }
 
     /// A device came, went or changed.
@@ -151,6 +157,7 @@ impl Attached {
 
     pub fn started(&mut self, child: Option<i32>, now_ms: u64) {
         self.child = child;
+        self.tell_at_ms = self.tell_at_ms.map(|at| at.min(now_ms + TELL_AFTER_MS));
         if child.is_none() {
             self.look_at_ms = Some(now_ms + AGAIN_MS);
         }
@@ -167,6 +174,15 @@ impl Attached {
             self.look_at_ms.get_or_insert(now_ms + AGAIN_MS);
         }
         true
+    }
+
+    /// Once, a while after the first look: the disks that the start did not find, or that hang.
+    pub fn lack(&mut self, now_ms: u64) -> Option<String> {
+        self.tell_at_ms.filter(|at| now_ms >= *at)?;
+        self.tell_at_ms = None;
+        let each = self.wanted.iter().zip(&self.present).filter(|(_, is_there)| !**is_there);
+        let each: Vec<String> = each.map(|(disk, _)| format!("disk {disk} is absent")).collect();
+        (!each.is_empty()).then(|| format!("{}; services that bind one don't run here", each.join(", ")))
     }
 
     pub fn is_complete(&self) -> bool {
@@ -203,6 +219,10 @@ mod tests {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
         assert_eq!(parse_words(&words), attached.wanted);
         attached.started(Some(7), 1_000);
+        assert_eq!(attached.lack(1_000 + TELL_AFTER_MS - 1), None, "it may be spinning up");
+        let told = attached.lack(1_000 + TELL_AFTER_MS).expect("whatever the child does");
+        assert!(told.starts_with("disk media (/mnt/tinydc-no-such-mount) is absent;"), "{told}");
+        assert_eq!(attached.lack(9_000), None, "once");
         attached.heard(1_100);
         assert_eq!(attached.due(2_000), None, "one at a time");
         assert!(!attached.ended(8, true, 2_000) && attached.ended(7, true, 2_000));

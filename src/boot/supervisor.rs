@@ -254,6 +254,9 @@ impl Supervisor {
         for news in news {
             self.board.console.say(&news);
         }
+        if let Some(lack) = self.disks.lack(now) {
+            self.board.complain(&format!("{DISKS_PHASE}: {lack}"));
+        }
         let Some(words) = self.disks.due(now) else { return };
         let words: Vec<&str> =
             std::iter::once(super::DISKS_WORD).chain(words.iter().map(String::as_str)).collect();

@@ -164,7 +164,8 @@ impl Liveness {
         let changes = node.disk_changes.iter().filter(is_late).count() as u32;
         let is_due = now.since_ms(last.disks_since) >= DISK_SETTLED_MS << (2 * changes);
         // Another run's figures may be of another list.
-        let is_news = node.start_id == Some(start_id) && absent.within(node.disks.len()) != node.absent_disks;
+        let is_news =
+            node.disks_told_by == Some(start_id) && absent.within(node.disks.len()) != node.absent_disks;
         (is_news && is_due).then_some(Command::NoteAbsentDisks { node: node.id, start_id, absent })
     }
 
@@ -329,8 +330,8 @@ mod tests {
     fn entries_of_a_loose_plug(period_s: u64) -> usize {
         let mut applier = Applier::with_nodes(2);
         let disk = NodeDisk { label: "media".into(), target: "/mnt/media".into() };
-        applier.must(Command::NoteDisks { node: NodeId(2), disks: vec![disk] });
         let start_id = applier.state.nodes.find(&NodeId(2)).and_then(|node| node.start_id).expect("it runs");
+        applier.must(Command::NoteDisks { node: NodeId(2), start_id, disks: vec![disk] });
         let mut liveness = Liveness::new(NodeId(1), StartId(1), Mono(0));
         let (begin, mut entries) = (applier.state.time(), 0);
         for second in 0..7200 + 3600u64 {

@@ -94,23 +94,57 @@ pub struct Mount {
     pub point: PathBuf,
     /// Major and minor number.
     pub device: (u32, u32),
-    pub is_cover: bool,
+    content: Content,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Content {
+    Cover,
+    /// What would be mounted by whoever looks below it.
+    Automount,
+    /// On a device that the mount's own number does not tell: each btrfs has a number of its own.
+    Node(PathBuf),
+    Other,
 }
 
 impl Mount {
-    /// Whether what is mounted can be read: it is no cover, and its disk has not been pulled.
-    pub fn is_alive(&self) -> bool {
-        let (major, minor) = self.device;
-        // What is on no block device has major number 0. A card's reader stays without its card, but has no size.
-        let size = || std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/size"));
-        !self.is_cover && (major == 0 || size().is_ok_and(|size| size.trim() != "0"))
+    pub fn is_cover(&self) -> bool {
+        self.content == Content::Cover
     }
+
+    /// Whether what is mounted can be read: it is no cover, and its disk has not been pulled. Of what is stacked on disks
+    /// (LVM, LUKS, RAID) only the uppermost device is looked at, and of what names none (ZFS, shares) nothing.
+    pub fn is_alive(&self) -> bool {
+        match &self.content {
+            Content::Cover | Content::Automount => false,
+            Content::Node(node) => is_node_alive(node),
+            // What is on no block device has major number 0.
+            Content::Other => self.device.0 == 0 || is_device_alive(self.device),
+        }
+    }
+}
+
+/// A card's reader stays without its card, but has no size.
+fn is_device_alive((major, minor): (u32, u32)) -> bool {
+    let size = std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/size"));
+    size.is_ok_and(|size| size.trim() != "0")
+}
+
+/// The kernel takes away the node of a disk that is pulled. Asking for its numbers reads no disk.
+fn is_node_alive(node: &Path) -> bool {
+    let Ok(stat) = rustix::fs::stat(node) else { return false };
+    // `/dev/fuse` is the source of file systems on no disk.
+    let is_block = rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::BlockDevice;
+    !is_block || is_device_alive((rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev)))
 }
 
 /// Everything that a process has mounted, as `/proc/PID/mountinfo` says; of two at one place the later is the upper.
 pub fn mounts_of(process: &str) -> io::Result<Vec<Mount>> {
-    let table = std::fs::read(format!("/proc/{process}/mountinfo"))?;
-    Ok(table.split(|byte| *byte == b'\n').filter_map(mount).collect())
+    Ok(parse_mounts(&std::fs::read(format!("/proc/{process}/mountinfo"))?))
+}
+
+pub fn parse_mounts(table: &[u8]) -> Vec<Mount> {
+    table.split(|byte| *byte == b'\n').filter_map(mount).collect()
 }
 
 /// What is uppermost at a place.
@@ -122,9 +156,22 @@ fn mount(line: &[u8]) -> Option<Mount> {
     let point = mount_point(line)?;
     let text = std::str::from_utf8(line).ok()?;
     let (major, minor) = text.split(' ').nth(2)?.split_once(':')?;
+    let device = (major.parse().ok()?, minor.parse().ok()?);
     // After the dash: kind, source, options.
-    let source = text.split(" - ").nth(1)?.split(' ').nth(1)?;
-    Some(Mount { point, device: (major.parse().ok()?, minor.parse().ok()?), is_cover: source == COVER })
+    let mut words = text.split(" - ").nth(1)?.split(' ');
+    let (kind, source) = (words.next()?, words.next()?);
+    let content = match (kind, source) {
+        (_, COVER) => Content::Cover,
+        ("autofs", _) => Content::Automount,
+        _ if device.0 == 0 && source.starts_with("/dev/") => Content::Node(source.into()),
+        _ => Content::Other,
+    };
+    Some(Mount { point, device, content })
+}
+
+/// The mount that a path lies on: the deepest at or above it.
+pub fn mount_of<'a>(mounts: &'a [Mount], path: &Path) -> Option<&'a Mount> {
+    path.ancestors().find_map(|folder| uppermost(mounts, folder))
 }
 
 pub fn is_mounted(target: &Path) -> io::Result<bool> {
@@ -174,12 +221,39 @@ mod tests {
         let mounts: Vec<Mount> = lines.iter().filter_map(|line| mount(line)).collect();
         let at = |count: usize, target: &str| uppermost(&mounts[..count], Path::new(target)).cloned();
         let covered = at(1, "/mnt/media").unwrap();
-        assert!(covered.is_cover && !covered.is_alive());
+        assert!(covered.is_cover() && !covered.is_alive());
         let disk = at(3, "/mnt/media").unwrap();
-        assert_eq!((disk.device, disk.is_cover), ((4095, 77), false));
+        assert_eq!((disk.device, disk.is_cover()), ((4095, 77), false));
         assert!(!disk.is_alive(), "there is no such device");
         assert!(at(3, "/mnt/share").unwrap().is_alive());
         assert_eq!(at(3, "/mnt"), None);
         assert!(!mounts_of("self").unwrap().is_empty());
+    }
+    #[test]
+    fn a_file_system_with_a_number_of_its_own_is_as_alive_as_its_node() {
+        let is_alive = |kind: &str, source: &str| {
+            mount(format!("40 1 0:45 / /mnt/a rw shared:9 - {kind} {source} rw").as_bytes())
+                .unwrap()
+                .is_alive()
+        };
+        assert!(!is_alive("btrfs", "/dev/tinydc-no-such-disk"), "its disk was pulled");
+        assert!(is_alive("fuse.x", "/dev/null"), "the node is no disk");
+        assert!(is_alive("zfs", "tank/media") && is_alive("nfs4", "nas:/dev/x"));
+        assert!(!is_alive("autofs", "systemd-1"), "nothing is mounted until somebody looks");
+    }
+
+    #[test]
+    fn a_path_lies_on_the_deepest_mount_above_it() {
+        let lines: [&[u8]; 3] = [
+            b"1 0 0:20 / / rw - ext4 x rw",
+            b"2 1 0:21 / /mnt/a rw - ext4 x rw",
+            b"3 2 0:22 / /mnt/a/b rw - ext4 x rw",
+        ];
+        let mounts: Vec<Mount> = lines.iter().filter_map(|line| mount(line)).collect();
+        let on = |path: &str| mount_of(&mounts, Path::new(path)).map(|mount| mount.device.1);
+        assert_eq!(
+            [on("/mnt/a/c/d"), on("/mnt/a/b/c"), on("/mnt/a/b"), on("/mnt")],
+            [Some(21), Some(22), Some(22), Some(20)]
+        );
     }
 }

@@ -28,7 +28,7 @@ impl NodeDisk {
         let bad = || format!("{text:?} is no disk: use \"LABEL=media:/mnt/media\"");
         let parts = text.strip_prefix("LABEL=").and_then(|rest| rest.split_once(':'));
         let (label, target) = parts.ok_or_else(bad)?;
-        let is_label = !label.is_empty() && label.len() <= LABEL_BYTES_MAX;
+        let is_label = (1..=LABEL_BYTES_MAX).contains(&label.len()) && !label.contains(char::is_control);
         let is_plain = target.bytes().all(|byte| byte.is_ascii_graphic()) && target.len() <= TARGET_BYTES_MAX;
         let is_path = target.split('/').skip(1).all(|part| !matches!(part, "" | "." | ".."));
         if !is_label || !is_plain || !is_path {
@@ -40,10 +40,19 @@ impl NodeDisk {
         Ok(NodeDisk { label: label.into(), target: target.into() })
     }
 
+    /// Whether it could stand in a configuration: what a peer sends was not parsed.
+    fn is_sound(&self) -> bool {
+        NodeDisk::parse(&format!("LABEL={}:{}", self.label, self.target)).as_ref() == Ok(self)
+    }
+
     /// Why these can't be the disks of one node; the index of the one at fault.
     pub fn conflict(disks: &[NodeDisk]) -> Option<(usize, String)> {
         if disks.len() > DISKS_MAX {
             return Some((DISKS_MAX, format!("{} disks; at most {DISKS_MAX} are mounted", disks.len())));
+        }
+        // Its words are not repeated: they may be long, or steer a terminal.
+        if let Some(index) = disks.iter().position(|disk| !disk.is_sound()) {
+            return Some((index, format!("number {} of the disks is none", index + 1)));
         }
         disks.iter().enumerate().find_map(|(index, disk)| {
             let other = disks[..index].iter().find(|other| {
@@ -115,6 +124,9 @@ mod tests {
             "LABEL=a:mnt/a",
             "LABEL=a:/etc/a",
             "LABEL=seventeen-letters:/mnt/a",
+            "LABEL=a\u{1b}[2J:/mnt/a",
+            "LABEL=a\nb:/mnt/a",
+            "LABEL=a\u{9b}:/mnt/a",
         ] {
             assert!(NodeDisk::parse(bad).is_err(), "{bad}");
         }

@@ -95,6 +95,8 @@ pub struct Node {
     pub troubles: Troubles,
     /// What it mounts beside its data, as its configuration names it.
     pub disks: Vec<NodeDisk>,
+    /// The run of its daemon that told them: another one's figures may be of another list.
+    pub disks_told_by: Option<StartId>,
     /// Of these, those that have been absent for a while.
     pub absent_disks: DiskSet,
     /// When that last changed, newest last, within an hour: one that comes and goes must not fill the log.

@@ -123,6 +123,9 @@ mod tests {
         let text = "name = \"pi1\"\n\noperators = [\"ssh-rsa AAAA ann\"]\n";
         let error = Config::parse(Path::new("x.toml"), text).unwrap_err().to_string();
         assert!(error.starts_with("x.toml:3: ") && error.contains("only ssh-ed25519"), "{error}");
+        let text = "name = \"pi1\"\ndisks = [\n  \"LABEL=a:/mnt/a\",\n  \"LABEL=\\u001b[2J:/mnt/b\"\n]\n";
+        let error = Config::parse(Path::new("x.toml"), text).unwrap_err().to_string();
+        assert!(error.starts_with("x.toml:2: ") && !error.contains('\u{1b}'), "{error}");
         let text = "name = \"pi1\"\n\ndisks = [\"LABEL=a:/mnt/a\", \"b:/mnt/b\"]\n";
         let error = Config::parse(Path::new("x.toml"), text).unwrap_err().to_string();
         assert!(error.starts_with("x.toml:3: ") && error.contains("is no disk"), "{error}");

@@ -8,7 +8,7 @@ use crate::model::*;
 use crate::state::State;
 
 pub fn absent_disks(node: &Node, heard: &HeardNodes) -> DiskSet {
-    match heard.get(&node.id).filter(|heard| heard.run.is_some() && heard.run == node.start_id) {
+    match heard.get(&node.id).filter(|heard| heard.run.is_some() && heard.run == node.disks_told_by) {
         Some(heard) => heard.absent_disks.within(node.disks.len()),
         None => node.absent_disks,
     }

@@ -274,7 +274,9 @@ fn binds(path: &str) -> ServiceSpec {
 fn with_disk(node: u64) -> Applier {
     let mut applier = Applier::with_nodes(3);
     let disks = vec![NodeDisk { label: "media".into(), target: "/mnt/media".into() }];
-    applier.must(Command::NoteDisks { node: NodeId(node), disks });
+    let node = NodeId(node);
+    let start_id = applier.state.nodes.find(&node).and_then(|node| node.start_id).unwrap();
+    applier.must(Command::NoteDisks { node, start_id, disks });
     applier
 }
 

@@ -56,7 +56,9 @@ impl State {
             Command::MarkNodeDown { node, start_id } => members::mark_down(self, *node, *start_id),
             Command::MarkNodeUp { node, start_id } => members::mark_up(self, *node, *start_id),
             Command::NoteTroubles { node, troubles } => members::note_troubles(self, *node, *troubles),
-            Command::NoteDisks { node, disks } => members::note_disks(self, *node, disks),
+            Command::NoteDisks { node, start_id, disks } => {
+                members::note_disks(self, *node, *start_id, disks)
+            }
             Command::NoteAbsentDisks { node, start_id, absent } => {
                 members::note_absent_disks(self, *node, *start_id, *absent)
             }

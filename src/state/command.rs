@@ -217,9 +217,10 @@ pub enum Command {
         node: NodeId,
         troubles: Troubles,
     },
-    /// The disks that a node's configuration names.
+    /// The disks that a node's configuration names, in this run of its daemon.
     NoteDisks {
         node: NodeId,
+        start_id: StartId,
         disks: Vec<NodeDisk>,
     },
     /// Which of them this run of its daemon has missed for a while.

@@ -103,6 +103,7 @@ fn add_node(state: &mut State, join: &JoinNode) -> Result<(NodeId, String), Reje
         version: 1,
         troubles: Troubles::default(),
         disks: Vec::new(),
+        disks_told_by: None,
         absent_disks: DiskSet::default(),
         disk_changes: Vec::new(),
     };
@@ -313,27 +314,32 @@ pub fn note_troubles(state: &mut State, id: NodeId, troubles: Troubles) -> Outco
     Ok(Reply::Done)
 }
 
-/// What a node's configuration names now: told before its run announces itself, so that a run's figures fit the list.
-pub fn note_disks(state: &mut State, id: NodeId, disks: &[NodeDisk]) -> Outcome {
-    if state.existing_node(id)?.disks == disks {
+/// What a node's configuration names now: only by the run of its daemon that announced itself last.
+pub fn note_disks(state: &mut State, id: NodeId, start_id: StartId, disks: &[NodeDisk]) -> Outcome {
+    let node = state.existing_node(id)?;
+    let is_known = node.disks == disks && node.disks_told_by == Some(start_id);
+    if node.start_id != Some(start_id) || is_known {
         return Err(Rejection::Stale);
     }
     if let Some((_, why)) = NodeDisk::conflict(disks) {
         return Err(Rejection::Invalid(why));
     }
     state.nodes.update(&id, |node| {
-        node.disks = disks.to_vec();
-        node.absent_disks = DiskSet::default();
+        if node.disks != disks {
+            node.disks = disks.to_vec();
+            node.absent_disks = DiskSet::default();
+        }
+        node.disks_told_by = Some(start_id);
         node.version += 1;
     });
     Ok(Reply::Done)
 }
 
-/// Only for the run of the daemon that told it.
+/// Only by the run of the daemon that told the list.
 pub fn note_absent_disks(state: &mut State, id: NodeId, start_id: StartId, absent: DiskSet) -> Outcome {
     let node = state.existing_node(id)?;
     let absent = absent.within(node.disks.len());
-    if node.start_id != Some(start_id) || node.absent_disks == absent {
+    if node.disks_told_by != Some(start_id) || node.absent_disks == absent {
         return Err(Rejection::Stale);
     }
     let (name, disks, before, now) = (node.name.clone(), node.disks.clone(), node.absent_disks, state.time());

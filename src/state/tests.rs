@@ -352,6 +352,54 @@ fn reports_of_another_run_are_void() {
     assert_eq!(applier.apply(stale), Err(Rejection::Stale));
 }
 
+const NUMBER_MAX: u8 = 37;
+/// Those of large rows: only their numbers are held.
+const WITHOUT_GOLDEN_BYTES: [u8; 12] = [0, 1, 3, 10, 12, 15, 18, 19, 26, 29, 30, 32];
+
+/// The place of a command among all, which is how it is encoded: never changed. A new one gets golden bytes below.
+fn number_of(command: &Command) -> u8 {
+    match command {
+        Command::Found { .. } => 0,
+        Command::JoinNode { .. } => 1,
+        Command::RemoveNode { .. } => 2,
+        Command::NodeStarted { .. } => 3,
+        Command::NodeStopping { .. } => 4,
+        Command::MarkNodeDown { .. } => 5,
+        Command::MarkNodeUp { .. } => 6,
+        Command::ConfirmKey { .. } => 7,
+        Command::DrainNode { .. } => 8,
+        Command::LabelNode { .. } => 9,
+        Command::CreateToken { .. } => 10,
+        Command::RemoveToken { .. } => 11,
+        Command::EnrolUser { .. } => 12,
+        Command::RemoveUser { .. } => 13,
+        Command::ChangeSetting { .. } => 14,
+        Command::DeployApp { .. } => 15,
+        Command::RemoveApp { .. } => 16,
+        Command::ScaleServices { .. } => 17,
+        Command::RegisterArtifact { .. } => 18,
+        Command::RemoveArtifact { .. } => 19,
+        Command::Plan { .. } => 20,
+        Command::Report { .. } => 21,
+        Command::ForgetNode { .. } => 22,
+        Command::AddAddress { .. } => 23,
+        Command::RemoveAddress { .. } => 24,
+        Command::AssignAddress { .. } => 25,
+        Command::PutSecret { .. } => 26,
+        Command::RemoveSecret { .. } => 27,
+        Command::PutServingAuthority { .. } => 28,
+        Command::PutCertificate { .. } => 29,
+        Command::NoteCertificateTrouble { .. } => 30,
+        Command::ForgetCertificate { .. } => 31,
+        Command::PutAcmeAccount { .. } => 32,
+        Command::PutChallenges { .. } => 33,
+        Command::RemoveChallenges { .. } => 34,
+        Command::NoteTroubles { .. } => 35,
+        Command::NoteDisks { .. } => 36,
+        Command::NoteAbsentDisks { .. } => 37,
+    }
+}
+
 /// The encodings that are on users' disks: a change here breaks clusters that run.
 #[test]
 fn golden_bytes_of_entries() {
@@ -359,22 +407,58 @@ fn golden_bytes_of_entries() {
         let origin = Origin { node: NodeId(1), start_id: StartId(2), counter: 3 };
         Envelope { stamp: Timestamp(4), origin, request: None, command }.encode()
     };
-    let cases: [(Command, &[u8]); 7] = [
-        (Command::RemoveNode { node: NodeId(5), is_forced: true }, &[1, 4, 1, 2, 3, 0, 2, 5, 1]),
-        (Command::NodeStopping { node: NodeId(5), start_id: StartId(6) }, &[1, 4, 1, 2, 3, 0, 4, 5, 6]),
-        (Command::RemoveToken { token: TokenId(5) }, &[1, 4, 1, 2, 3, 0, 11, 5]),
-        (Command::Plan { steps: Vec::new() }, &[1, 4, 1, 2, 3, 0, 20, 0]),
-        (Command::ForgetNode { node: NodeId(5) }, &[1, 4, 1, 2, 3, 0, 22, 5]),
+    let (node, start_id) = (NodeId(5), StartId(6));
+    let address = Ipv4Addr::new(10, 0, 0, 9);
+    let disks = vec![NodeDisk { label: "a".into(), target: "/mnt/a".into() }];
+    let mut absent = DiskSet::default();
+    absent.insert(1);
+    let cases: [(Command, &[u8]); 26] = [
+        (Command::RemoveNode { node, is_forced: true }, &[2, 5, 1]),
+        (Command::NodeStopping { node, start_id }, &[4, 5, 6]),
+        (Command::MarkNodeDown { node, start_id: Some(start_id) }, &[5, 5, 1, 6]),
+        (Command::MarkNodeUp { node, start_id }, &[6, 5, 6]),
+        (Command::ConfirmKey { node, has_key: true }, &[7, 5, 1]),
+        (Command::DrainNode { node, is_drained: true }, &[8, 5, 1]),
         (
-            Command::RemoveSecret { name: SecretName::new("a/b").unwrap() },
-            &[1, 4, 1, 2, 3, 0, 27, 3, b'a', b'/', b'b'],
+            Command::LabelNode { node, set: [("k".into(), "v".into())].into(), remove: vec!["r".into()] },
+            &[9, 5, 1, 1, b'k', 1, b'v', 1, 1, b'r'],
         ),
-        (Command::RemoveChallenges { tokens: vec!["t".into()] }, &[1, 4, 1, 2, 3, 0, 34, 1, 1, b't']),
+        (Command::RemoveToken { token: TokenId(5) }, &[11, 5]),
+        (Command::RemoveUser { name: "u".into() }, &[13, 1, b'u']),
+        (Command::ChangeSetting { key: "k".into(), value: "v".into() }, &[14, 1, b'k', 1, b'v']),
+        (Command::RemoveApp { app: AppName::new("a").unwrap(), with_volumes: true }, &[16, 1, b'a', 1]),
+        (
+            Command::ScaleServices { app: AppName::new("a").unwrap(), replicas: [("w".into(), 3)].into() },
+            &[17, 1, b'a', 1, 1, b'w', 3],
+        ),
+        (Command::Plan { steps: Vec::new() }, &[20, 0]),
+        (Command::Report { node, start_id, report: NodeReport::default() }, &[21, 5, 6, 0, 0, 0, 0]),
+        (Command::ForgetNode { node }, &[22, 5]),
+        (Command::AddAddress { address }, &[23, 10, 0, 0, 9]),
+        (Command::RemoveAddress { address }, &[24, 10, 0, 0, 9]),
+        (Command::AssignAddress { address, epoch: 7, to: node }, &[25, 10, 0, 0, 9, 7, 5]),
+        (Command::RemoveSecret { name: SecretName::new("a/b").unwrap() }, &[27, 3, b'a', b'/', b'b']),
+        (Command::PutServingAuthority { certificate: vec![8], sealed_key: vec![9] }, &[28, 1, 8, 1, 9]),
+        (Command::ForgetCertificate { host: "h".into() }, &[31, 1, b'h']),
+        (Command::PutChallenges { answers: [("t".into(), "a".into())].into() }, &[33, 1, 1, b't', 1, b'a']),
+        (Command::RemoveChallenges { tokens: vec!["t".into()] }, &[34, 1, 1, b't']),
+        (Command::NoteTroubles { node, troubles: Troubles::default() }, &[35, 5, 0]),
+        (
+            Command::NoteDisks { node, start_id, disks },
+            &[36, 5, 6, 1, 1, b'a', 6, b'/', b'm', b'n', b't', b'/', b'a'],
+        ),
+        (Command::NoteAbsentDisks { node, start_id, absent }, &[37, 5, 6, 2]),
     ];
-    for (command, bytes) in cases {
+    let mut kept: Vec<u8> = WITHOUT_GOLDEN_BYTES.to_vec();
+    for (command, tail) in cases {
+        assert_eq!(tail[0], number_of(&command));
+        kept.push(tail[0]);
+        let bytes = [&[1, 4, 1, 2, 3, 0], tail].concat();
         assert_eq!(encode(command.clone()), bytes, "{command:?}");
-        assert_eq!(Envelope::decode(bytes).unwrap().command, command);
+        assert_eq!(Envelope::decode(&bytes).unwrap().command, command);
     }
+    kept.sort_unstable();
+    assert_eq!(kept, (0..=NUMBER_MAX).collect::<Vec<u8>>(), "each has golden bytes, or is listed as without");
     assert!(Envelope::decode(&[9, 0]).is_err(), "an unknown format must stop the node");
 }
 
@@ -535,4 +619,57 @@ fn a_holder_holds_every_platform_of_an_image() {
     applier.must(Command::RegisterArtifact { artifact });
     assert_eq!(held(&applier), (vec![3], vec![1, 2]));
     assert_eq!(applier.state.artifacts.find(&digest).unwrap().platform_names(), "amd64, arm64");
+}
+
+#[test]
+fn disks_are_told_by_the_run_that_is_and_hold_only_what_a_configuration_could() {
+    let mut applier = Applier::with_nodes(1);
+    let node = NodeId(1);
+    let row = |applier: &Applier| applier.state.nodes.find(&node).unwrap().clone();
+    let old = row(&applier).start_id.unwrap();
+    let disk = |label: &str, target: &str| NodeDisk { label: label.into(), target: target.into() };
+    let told = |start_id, disks: &[NodeDisk]| Command::NoteDisks { node, start_id, disks: disks.to_vec() };
+    let long = "/mnt/".to_string() + &"a".repeat(125);
+    let many: Vec<NodeDisk> = (0..17).map(|at| disk(&at.to_string(), &format!("/mnt/{at}"))).collect();
+    let good = [disk("media", "/mnt/media")];
+    let bad: [&[NodeDisk]; 10] = [
+        &[disk("", "/mnt/a")],
+        &[disk("seventeen-letters", "/mnt/a")],
+        &[disk("a\u{1b}[2J", "/mnt/a")],
+        &[disk("a:/mnt/b", "/mnt/a")],
+        &[disk("a", "/etc/a")],
+        &[disk("a", "/mnt/../etc")],
+        &[disk("a", "/mnt/a\nb")],
+        &[disk("a", &long)],
+        &[disk("a", "/mnt/a"), disk("a", "/mnt/b")],
+        &many,
+    ];
+    for disks in bad {
+        let refused = applier.apply(told(old, disks));
+        assert!(
+            matches!(&refused, Err(Rejection::Invalid(why)) if why.len() < 100),
+            "{disks:?}: {refused:?}"
+        );
+    }
+    assert!(row(&applier).disks.is_empty());
+    applier.must(told(old, &good));
+    assert_eq!(applier.apply(told(old, &good)), Err(Rejection::Stale), "no news");
+    let mut absent = DiskSet::default();
+    absent.insert(0);
+    applier.must(Command::NoteAbsentDisks { node, start_id: old, absent });
+    // Its next run: what the old one said and says late is void, what stands stays.
+    let (start_id, before) = (StartId(77), row(&applier));
+    applier.must(Command::NodeStarted {
+        node,
+        start_id,
+        architecture: before.architecture,
+        size: before.size,
+        software: before.software.clone(),
+    });
+    assert_eq!(applier.apply(told(old, &[])), Err(Rejection::Stale), "a run that is over");
+    let back = |start_id| Command::NoteAbsentDisks { node, start_id, absent: DiskSet::default() };
+    assert_eq!(applier.apply(back(start_id)), Err(Rejection::Stale), "its list is not known yet");
+    applier.must(told(start_id, &good));
+    assert_eq!((row(&applier).disks, row(&applier).absent_disks), (good.to_vec(), absent));
+    applier.must(back(start_id));
 }

@@ -291,7 +291,8 @@ fn the_same_docker_archive_gives_the_same_digest_on_every_node() {
     let archive = docker_archive("web:1", &[busybox_layer()], serde_json::json!({ "Cmd": ["sh"] }));
     let (one, two) = (Node::new("same1"), Node::new("same2"));
     let loaded = one.load(&archive).unwrap();
-    assert_eq!(loaded, two.load(&archive).unwrap());
+    let again = two.load(&archive).unwrap();
+    assert_eq!((&loaded[0].digest, loaded.len()), (&again[0].digest, again.len()));
     assert_eq!(loaded[0].names, ["web:1"]);
     assert!(loaded[0].is_runnable_here);
     assert!(one.runtime.images().missing_blobs(&loaded[0].digest).unwrap().is_empty(), "it can be handed on");
