@@ -100,6 +100,9 @@ pub struct Network {
     tunnels: Mutex<BTreeMap<Slot, Tunnel>>,
     table: Mutex<Table>,
     holds: Mutex<Holds>,
+    /// Held by the one container that is being connected: the kernel lets a write to a setting of IPv6 turn in a circle
+    /// while another changes links, and twenty of them left two processors nothing to change links with (35 s).
+    connecting: Mutex<()>,
     /// Says when somebody deletes the table.
     table_changes: Option<Socket>,
 }
@@ -144,6 +147,7 @@ impl Network {
             tunnels: Mutex::default(),
             table: Mutex::new(Table::new(shape)),
             holds: Mutex::default(),
+            connecting: Mutex::default(),
             // Without it the table is looked after now and then all the same.
             table_changes: Socket::table_changes().ok(),
         };
@@ -181,6 +185,10 @@ impl Network {
     }
 
     fn connect(&self, container: &str, address: Ipv4Addr, path: &Path) -> Result<(), NetworkError> {
+        let _turn = self.connecting.lock().unwrap_or_else(PoisonError::into_inner);
+        // Inherited by the end inside, so that nothing is left to be changed there. The kernel takes this at once.
+        netns::in_netns(path, || take_ipv6_from("default").map_err(io::Error::other))
+            .map_err(kernel(format!("take IPv6 from the network of {container}")))?;
         let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
         let netns_file = File::open(path).map_err(kernel(format!("open {}", path.display())))?;
         let name = Network::veth_name(container);
