@@ -26,6 +26,9 @@ const NETNS_FD: u16 = 28;
 const INFO_KIND: u16 = 1;
 const INFO_DATA: u16 = 2;
 const VETH_PEER: u16 = 1;
+const AF_SPEC: u16 = 26;
+const ADDRESS_MODE_OF_IPV6: u16 = 8;
+const NO_ADDRESS: u8 = 1;
 /// Marks routes as tinydc's; a number that no routing daemon has.
 const PROTOCOL_OWN: u8 = 116;
 const TABLE_MAIN: u8 = 254;
@@ -207,6 +210,18 @@ pub fn add_veth(
                 batch.raw(&link_header(0, 0, 0)).text(IFNAME, "eth0").native(MTU, mtu);
                 batch.native(NETNS_FD, netns.as_raw_fd() as u32);
             });
+        });
+    });
+    socket.send(&batch)
+}
+
+/// A link that is not connected yet never gets an IPv6 address of its own making.
+pub fn take_ipv6(socket: &Socket, index: u32) -> io::Result<()> {
+    let mut batch = Batch::new();
+    batch.message(NEW_LINK, ACK, &link_header(index, 0, 0));
+    batch.nested(AF_SPEC, |batch| {
+        batch.nested(libc::AF_INET6 as u16, |batch| {
+            batch.attribute(ADDRESS_MODE_OF_IPV6, &[NO_ADDRESS]);
         });
     });
     socket.send(&batch)

@@ -100,9 +100,6 @@ pub struct Network {
     tunnels: Mutex<BTreeMap<Slot, Tunnel>>,
     table: Mutex<Table>,
     holds: Mutex<Holds>,
-    /// Held by the one container that is being connected: the kernel lets a write to a setting of IPv6 turn in a circle
-    /// while another changes links, and twenty of them left two processors nothing to change links with (35 s).
-    connecting: Mutex<()>,
     /// Says when somebody deletes the table.
     table_changes: Option<Socket>,
 }
@@ -147,7 +144,6 @@ impl Network {
             tunnels: Mutex::default(),
             table: Mutex::new(Table::new(shape)),
             holds: Mutex::default(),
-            connecting: Mutex::default(),
             // Without it the table is looked after now and then all the same.
             table_changes: Socket::table_changes().ok(),
         };
@@ -185,9 +181,9 @@ impl Network {
     }
 
     fn connect(&self, container: &str, address: Ipv4Addr, path: &Path) -> Result<(), NetworkError> {
-        let _turn = self.connecting.lock().unwrap_or_else(PoisonError::into_inner);
-        // Inherited by the end inside, so that nothing is left to be changed there. The kernel takes this at once.
-        netns::in_netns(path, || take_ipv6_from("default").map_err(io::Error::other))
+        // Inherited by the end inside. The kernel takes this at once, while a write for one link turns in a circle as long
+        // as others change links: twenty containers that started at once left two processors nothing else (35 s).
+        netns::in_netns(path, || set_ipv6_off().map_err(io::Error::other))
             .map_err(kernel(format!("take IPv6 from the network of {container}")))?;
         let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
         let netns_file = File::open(path).map_err(kernel(format!("open {}", path.display())))?;
@@ -197,13 +193,16 @@ impl Network {
         for (setting, value) in LINK_SYSCTLS {
             sysctl::set(&format!("net/ipv4/conf/{name}/{setting}"), value)?;
         }
-        take_ipv6_from(&name)?;
+        if knows_ipv6() {
+            link::index_of(&name)
+                .and_then(|index| link::take_ipv6(&socket, index))
+                .map_err(kernel(format!("take IPv6 from the link of {container}")))?;
+        }
         let gateway = self.bridge_address;
         netns::in_netns(path, move || {
             let socket = Socket::route()?;
             link::set_up(&socket, link::index_of("lo")?)?;
             let index = link::index_of("eth0")?;
-            take_ipv6_from("eth0").map_err(io::Error::other)?;
             link::set_up(&socket, index)?;
             link::add_address(&socket, index, address, 32)?;
             link::add_route(
@@ -521,11 +520,14 @@ const ROUTE_LOCALNET: &str = "net/ipv4/conf/all/route_localnet";
 const LINK_SYSCTLS: [(&str, &str); 2] = [("send_redirects", "0"), ("rp_filter", "1")];
 
 /// Containers have IPv4 addresses only. By the link-local address that the kernel gives each end of a link they would
-/// reach whatever listens on this node, past every rule. A kernel without IPv6 has no such file.
-fn take_ipv6_from(link: &str) -> Result<(), NetworkError> {
-    let name = format!("net/ipv6/conf/{link}/disable_ipv6");
-    if !Path::new("/proc/sys").join(&name).exists() {
+/// reach whatever listens on this node, past every rule.
+fn set_ipv6_off() -> Result<(), NetworkError> {
+    if !knows_ipv6() {
         return Ok(());
     }
-    sysctl::set(&name, "1")
+    sysctl::set("net/ipv6/conf/default/disable_ipv6", "1")
+}
+
+fn knows_ipv6() -> bool {
+    Path::new("/proc/sys/net/ipv6/conf").exists()
 }
