@@ -169,6 +169,7 @@ impl View<'_> {
             update_reason,
             failed_instance,
             data: self.data_sentence(service),
+            left_out: crate::planner::left_out(self.state, service),
             ports: service.spec.ports.iter().map(port_text).collect(),
             addresses: self.open_addresses(service),
             instances: instances.iter().map(|row| self.instance(row)).collect(),

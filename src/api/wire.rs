@@ -218,6 +218,8 @@ pub struct ServiceBody {
     pub failed_instance: Option<String>,
     /// `data on pi2; if pi2 dies it waits`.
     pub data: Option<String>,
+    /// Of a global service: `not on pi3: the image is built for amd64`.
+    pub left_out: Option<String>,
     /// `8080->80/tcp`.
     pub ports: Vec<String>,
     /// Where to open it: `http://192.0.2.10:8080`.

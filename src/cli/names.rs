@@ -129,6 +129,7 @@ pub mod tests {
             update_reason: None,
             failed_instance: None,
             data: None,
+            left_out: None,
             ports: Vec::new(),
             addresses: Vec::new(),
             instances: (1..=slots).map(instance).collect(),

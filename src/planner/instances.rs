@@ -1,8 +1,9 @@
 //! Which instances each service should have: created, replaced, let go.
 
+use super::placement::{foreign_architecture, meets_constraints, satisfies};
 use super::rollout;
 use crate::model::*;
-use crate::state::{PlanStep, Service, State};
+use crate::state::{PlanStep, Service, State, Update};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// An exclusive service's old copy has stopped itself by then: its lease of 10 s and a margin.
@@ -15,8 +16,9 @@ pub fn plan_service(state: &State, service: &Service, now: Timestamp, steps: &mu
         slots.entry(instance.slot).or_default().push(instance);
     }
     let wanted = wanted_slots(state, service);
+    let is_kept = |slot: &u32| wanted.contains(slot) || waits_for_update(state, service, *slot);
     for (slot, instances) in &slots {
-        if service.is_removed || !wanted.contains(slot) {
+        if service.is_removed || !is_kept(slot) {
             for instance in instances {
                 remove(instance, steps);
             }
@@ -43,10 +45,23 @@ fn wanted_slots(state: &State, service: &Service) -> BTreeSet<u32> {
     state
         .nodes
         .rows()
-        .filter(|node| !node.is_drained && super::placement::satisfies(state, node, &service.spec))
+        .filter(|node| !node.is_drained && satisfies(state, node, &service.spec))
         .filter(|node| node.condition == Condition::Up || has_instance_on(state, service, node))
         .map(|node| u32::from(node.number))
         .gather()
+}
+
+/// A node of a global service can't run its new image: what runs there is left alone until the others have the update.
+fn waits_for_update(state: &State, service: &Service, slot: u32) -> bool {
+    let is_foreign = |node: &Node| foreign_architecture(state, node, &service.spec).is_some();
+    service.spec.is_global
+        && service.update != Update::Done
+        && state.nodes.rows().any(|node| {
+            u32::from(node.number) == slot
+                && !node.is_drained
+                && meets_constraints(node, &service.spec)
+                && is_foreign(node)
+        })
 }
 
 fn has_instance_on(state: &State, service: &Service, node: &Node) -> bool {

@@ -17,7 +17,7 @@ mod rollout;
 mod tests;
 
 pub use disks::{absent_disks, absent_sentence, disk_reason};
-pub use reasons::{pending_reason, waits_for};
+pub use reasons::{left_out, pending_reason, waits_for};
 
 use crate::model::{DiskSet, MachineHealth, NodeId, StartId, Timestamp};
 use crate::state::{PlanStep, State};

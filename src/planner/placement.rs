@@ -278,12 +278,15 @@ fn is_unsteady(node: &Node, now: Timestamp) -> bool {
 
 /// Whether a global service belongs on a node: its image runs there, and its constraints hold.
 pub fn satisfies(state: &State, node: &Node, spec: &ServiceSpec) -> bool {
-    foreign_architecture(state, node, spec).is_none()
-        && spec.placement.constraints.iter().all(|constraint| holds(node, constraint))
+    foreign_architecture(state, node, spec).is_none() && meets_constraints(node, spec)
+}
+
+pub fn meets_constraints(node: &Node, spec: &ServiceSpec) -> bool {
+    spec.placement.constraints.iter().all(|constraint| holds(node, constraint))
 }
 
 /// The architectures the image has, if this node's is not among them.
-fn foreign_architecture(state: &State, node: &Node, spec: &ServiceSpec) -> Option<String> {
+pub fn foreign_architecture(state: &State, node: &Node, spec: &ServiceSpec) -> Option<String> {
     let artifact = state.artifacts.find(spec.image.digest.as_ref()?)?;
     (!artifact.runs_on(node.architecture)).then(|| artifact.platform_names())
 }

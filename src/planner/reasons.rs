@@ -1,6 +1,6 @@
 //! Says in one sentence, with numbers, why an instance has no node.
 
-use super::placement::{Ledger, Obstacle};
+use super::placement::{Ledger, Obstacle, foreign_architecture, meets_constraints};
 use super::{HeardNodes, disks};
 use crate::model::*;
 use crate::state::{Service, State};
@@ -112,4 +112,16 @@ fn sentence(state: &State, group: &[(&Node, Obstacle)]) -> String {
         Obstacle::DiskFull => format!("{} too little free disk space", verb("has", "have")),
     };
     format!("{who} {what}")
+}
+
+/// The nodes that a global service leaves out because its image does not run there, in a sentence.
+pub fn left_out(state: &State, service: &Service) -> Option<String> {
+    if !service.spec.is_global {
+        return None;
+    }
+    let takes_all = |node: &&Node| !node.is_leaving && meets_constraints(node, &service.spec);
+    let foreign = |node: &Node| Some((node.name.clone(), foreign_architecture(state, node, &service.spec)?));
+    let (names, built_for): (Vec<String>, Vec<String>) =
+        state.nodes.rows().filter(takes_all).filter_map(foreign).unzip();
+    Some(format!("not on {}: the image is built for {}", names.join(", "), built_for.first()?))
 }

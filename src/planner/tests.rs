@@ -264,6 +264,47 @@ fn an_image_goes_only_where_it_runs() {
     }
 }
 
+#[test]
+fn what_runs_where_a_new_image_can_t_waits_for_the_update() {
+    let mut applier = Applier::with_nodes(3);
+    let Command::NodeStarted { start_id, size, software, .. } = start(1, 7) else { panic!("a start") };
+    let (node, architecture) = (NodeId(1), Architecture::Amd64);
+    applier.must(Command::NodeStarted { node, start_id, architecture, size, software });
+    let global = |version| ServiceSpec { is_global: true, ..spec(version) };
+    applier.deploy("shop", &[("web", global("1"))]);
+    for _ in 0..4 {
+        settle(&mut applier, Phase::Running);
+        pass(&mut applier, 10);
+    }
+    assert_eq!(by_node(&applier), [(1, 1), (2, 1), (3, 1)].into());
+
+    let digest = spec("22").image.digest.expect("specs of tests are resolved");
+    let artifact = Artifact {
+        kind: ArtifactKind::LoadedImage,
+        names: ["hello:22".to_owned()].into(),
+        bytes: 1,
+        platforms: [("arm64/v8".to_owned(), digest.clone())].into(),
+        holders: [NodeId(2)].into(),
+        part_holders: Default::default(),
+        digest,
+    };
+    applier.must(Command::RegisterArtifact { artifact: Box::new(artifact) });
+    applier.deploy("shop", &[("web", global("22"))]);
+    let here = |applier: &Applier| by_node(applier).get(&1).copied();
+    let steps = plan(&applier.state, &heard(), applier.state.time());
+    applier.must(Command::Plan { steps });
+    assert_eq!(here(&applier), Some(1), "the update has only begun");
+    let service = applier.state.services.rows().next().unwrap();
+    let said = left_out(&applier.state, service).unwrap();
+    assert!(said.starts_with("not on ") && said.ends_with(": the image is built for arm64/v8"), "{said}");
+    for _ in 0..6 {
+        settle(&mut applier, Phase::Running);
+        pass(&mut applier, 10);
+    }
+    assert_eq!(by_node(&applier), [(2, 1), (3, 1)].into());
+    assert_eq!(plan(&applier.state, &heard(), applier.state.time()), Vec::new());
+}
+
 fn binds(path: &str) -> ServiceSpec {
     let source = MountSource::HostPath { path: path.into() };
     let mount = MountSpec { target: "/data".into(), is_read_only: false, source };

@@ -318,8 +318,8 @@ pub fn notes(service: &ServiceBody) -> Vec<String> {
     if let Some(reason) = &service.update_reason {
         notes.push(format!("{name}: the update stopped: {reason}"));
     }
-    if let Some(data) = &service.data {
-        notes.push(format!("{name}: {data}"));
+    for sentence in service.data.iter().chain(&service.left_out) {
+        notes.push(format!("{name}: {sentence}"));
     }
     for instance in &service.instances {
         let is_well = matches!(instance.phase.as_str(), "running" | "healthy" | "completed");

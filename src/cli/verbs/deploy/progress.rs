@@ -242,8 +242,8 @@ pub fn print_end(status: &StatusBody) {
         print_line("");
     }
     for service in &status.services {
-        if let Some(data) = &service.data {
-            print_line(&format!("{}/{}: {data}", service.app, service.name));
+        for sentence in service.data.iter().chain(&service.left_out) {
+            print_line(&format!("{}/{}: {sentence}", service.app, service.name));
         }
     }
     let running: usize = status.services.iter().map(|service| service.settled).sum();
