@@ -34,7 +34,7 @@ pub const CASES: &[Case] = &[
 /// What `images/build` put into the guests: also the container image of the tests.
 pub fn guest_binary() -> PathBuf {
     std::env::var_os("TINYDC_GUEST_BINARY")
-        .map_or("target/cross/build/x86_64-unknown-linux-musl/dist/tinydc".into(), PathBuf::from)
+        .map_or("target/cross/x86_64/x86_64-unknown-linux-musl/dist/tinydc".into(), PathBuf::from)
 }
 
 /// The token in a line that the prompt printed.

@@ -278,14 +278,15 @@ impl Guest {
         // A fresh prompt, so that what follows is the answer to this line alone. Not by Enter, which founds a cluster.
         let before = self.log().len();
         self.type_bytes(b"version\n")?;
-        // The screen may be drawn meanwhile, for the prompt's start: only then is the line typed.
+        // The screen may be drawn meanwhile, for the prompt's start: a prompt counts that comes after the answer.
         let (mut length, mut since) = (0, Instant::now());
         until("the prompt answers", COMMAND_LIMIT, || {
             let log = self.log();
             if log.len() != length {
                 (length, since) = (log.len(), Instant::now());
             }
-            Ok(log[before..].contains(&prompt) && since.elapsed() > QUIET)
+            let answered = log[before..].split_once(env!("CARGO_PKG_VERSION"));
+            Ok(answered.is_some_and(|(_, rest)| rest.contains(&prompt)) && since.elapsed() > QUIET)
         })?;
         let begin = self.log().len();
         self.type_bytes(format!("{line}\n").as_bytes())?;
@@ -294,6 +295,16 @@ impl Guest {
         let said = said.split(&prompt).next().unwrap_or_default();
         // The first line is what was typed.
         Ok(without_colours(&said.lines().skip(1).collect::<Vec<_>>().join("\n")))
+    }
+
+    /// Waits until the board is a member of a cluster: a founder first looks for one of its name. What is told of it.
+    pub fn wait_member(&mut self, name: &str) -> Result<String> {
+        let mut told = String::new();
+        until(&format!("{name} is a member of a cluster"), COMMAND_LIMIT, || {
+            told = self.type_line(name, &format!("node inspect {name}"))?;
+            Ok(told.contains("last heard"))
+        })?;
+        Ok(told)
     }
 
     /// Types a line that ends the prompt.

@@ -26,7 +26,7 @@ services:
 
 fn arm_binary() -> PathBuf {
     std::env::var_os("TINYDC_GUEST_BINARY_ARM")
-        .map_or("target/cross/build/aarch64-unknown-linux-musl/dist/tinydc".into(), PathBuf::from)
+        .map_or("target/cross/aarch64/aarch64-unknown-linux-musl/dist/tinydc".into(), PathBuf::from)
 }
 
 fn mixed(field: &mut Field) -> Result<()> {

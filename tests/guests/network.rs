@@ -29,6 +29,7 @@ fn no_dhcp(field: &mut Field) -> Result<()> {
     let index = field.add(Setup::new("name = \"pi1\"\nbootstrap = true\n"))?;
     field.start(index)?;
     field.guests[index].wait_ready()?;
+    field.guests[index].wait_member("pi1")?;
     let screen = field.guests[index].type_line("pi1", "")?;
     ensure!(
         screen.contains("no address yet") && screen.contains("home"),

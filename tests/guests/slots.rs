@@ -41,13 +41,14 @@ fn slot_update(field: &mut Field) -> Result<()> {
     field.add(Setup::new("name = \"pi1\"\nbootstrap = true\n"))?;
     start_and_ask(field)?;
     field.guests[0].wait_said("eth0: address", Duration::from_secs(20))?;
+    field.guests[0].wait_member("pi1")?;
     field.guests[0].type_line("pi1", "node label pi1 kept=yes")?;
 
     flash(field)?;
     start_and_ask(field)?;
     let kept = field.guests[0].wait_said("slot 3 is well and is kept", Duration::from_secs(60))?;
     field.remark(kept);
-    let node = field.guests[0].type_line("pi1", "node inspect pi1")?;
+    let node = field.guests[0].wait_member("pi1")?;
     ensure!(node.contains("kept=yes"), "identity and data stay: {node}");
     let text = image::read_file(&field.guests[0].disk, 1, "autoboot.txt")?;
     ensure!(text.contains("[all]\ntryboot_a_b=1\nboot_partition=3"), "{text}");
@@ -78,7 +79,7 @@ fn slot_update(field: &mut Field) -> Result<()> {
     field.guests[0].wait_said("back to the other slot", Duration::from_secs(60))?;
     field.guests[0].wait_off(Duration::from_secs(90))?;
     start_and_ask(field)?;
-    let node = field.guests[0].type_line("pi1", "node inspect pi1")?;
+    let node = field.guests[0].wait_member("pi1")?;
     ensure!(node.contains("kept=yes"), "{node}");
     let text = image::read_file(&field.guests[0].disk, 1, "autoboot.txt")?;
     ensure!(
