@@ -400,8 +400,9 @@ pub async fn create_token(
 }
 
 /// Encryption is for all nodes or for none: one that can't would lose touch with the others' containers.
-fn refuse_if_some_cannot_encrypt(backend: &Backend) -> Result<(), ApiError> {
-    let obstacles = backend.ways.obstacles(backend.node);
+async fn refuse_if_some_cannot_encrypt(backend: &Backend) -> Result<(), ApiError> {
+    let (ways, own) = (backend.ways.clone(), backend.node);
+    let obstacles = crate::tasks::unblock(move || ways.obstacles(own)).await;
     let Some((node, reason)) = obstacles.first_key_value() else { return Ok(()) };
     let name = backend.replica.state().node_name(*node);
     Err(ApiError::rejected(format!("{name} can't encrypt: {reason}")).hint(
@@ -418,7 +419,7 @@ async fn settings(
         let (head, content) = request.into_parts();
         let wish: SettingValue = body::parse(content).await?;
         if found.name == "encrypt" && wish.value == "true" {
-            refuse_if_some_cannot_encrypt(backend)?;
+            refuse_if_some_cannot_encrypt(backend).await?;
         }
         let command = Command::ChangeSetting { key: found.name, value: wish.value };
         backend.submit(mark_of(&head.headers, &command)?, command).await?;

@@ -31,15 +31,22 @@ pub struct Kept {
     pid: Option<i32>,
     started_ms: u64,
     start_at_ms: Option<u64>,
+    is_retired: bool,
 }
 
 impl Kept {
     pub fn new() -> Kept {
-        Kept { backoff: Backoff::default(), pid: None, started_ms: 0, start_at_ms: Some(0) }
+        Kept {
+            backoff: Backoff::default(),
+            pid: None,
+            started_ms: 0,
+            start_at_ms: Some(0),
+            is_retired: false,
+        }
     }
 
     pub fn is_due(&self, now_ms: u64) -> bool {
-        self.start_at_ms.is_some_and(|at| now_ms >= at)
+        !self.is_retired && self.start_at_ms.is_some_and(|at| now_ms >= at)
     }
 
     pub fn deadline_ms(&self) -> Option<u64> {
@@ -70,7 +77,11 @@ impl Kept {
 
     /// It is not started any more.
     pub fn retire(&mut self) {
-        self.start_at_ms = None;
+        self.is_retired = true;
+    }
+
+    pub fn is_retired(&self) -> bool {
+        self.is_retired
     }
 }
 

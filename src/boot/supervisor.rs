@@ -204,7 +204,9 @@ impl Supervisor {
             if self.node.ended(pid, now) {
                 self.watch.forget(now);
                 self.take_output();
-                self.board.complain(&format!("the daemon ended ({how}); it is started again"));
+                if !self.node.is_retired() {
+                    self.board.complain(&format!("the daemon ended ({how}); it is started again"));
+                }
             }
             for (_, prompt) in &mut self.prompts {
                 prompt.ended(pid, now);

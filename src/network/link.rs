@@ -44,9 +44,14 @@ fn link_header(index: u32, flags: u32, change: u32) -> Vec<u8> {
     header
 }
 
-/// The index of a link in this thread's namespace.
+/// The index of a link in this thread's namespace. Not by if_nametoindex: for a name that there isn't, its system call has
+/// the kernel run modprobe.
 pub fn index_of(name: &str) -> io::Result<u32> {
-    Ok(nix::net::if_::if_nametoindex(name)?)
+    let mut batch = Batch::new();
+    batch.message(GET_LINK, 0, &link_header(0, 0, 0)).text(IFNAME, name);
+    let body = Socket::route()?.ask(&batch)?;
+    let index = body.get(4..8).and_then(|bytes| bytes.try_into().ok());
+    index.map(u32::from_ne_bytes).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 pub fn add_bridge(socket: &Socket, name: &str) -> io::Result<()> {

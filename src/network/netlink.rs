@@ -106,6 +106,19 @@ impl Socket {
         }
     }
 
+    /// Sends one request for one thing; the body of the answer.
+    pub fn ask(&self, batch: &Batch) -> io::Result<Vec<u8>> {
+        send(self.fd.as_raw_fd(), &batch.bytes, MsgFlags::empty())?;
+        let mut buffer = vec![0; 16 << 10];
+        let length = recv(self.fd.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+        let message = next_message(&mut &buffer[..length]).ok_or(io::ErrorKind::InvalidData)?;
+        let body = &message[HEADER_BYTES..];
+        match u16::from_ne_bytes([message[4], message[5]]) {
+            ERROR => Err(error_in(body)),
+            _ => Ok(body.to_vec()),
+        }
+    }
+
     /// Sends one request for a whole table; `visit` gets the body of each row.
     pub fn dump(&self, batch: &Batch, visit: &mut dyn FnMut(&[u8])) -> io::Result<()> {
         send(self.fd.as_raw_fd(), &batch.bytes, MsgFlags::empty())?;
@@ -117,12 +130,7 @@ impl Socket {
                 let body = &message[HEADER_BYTES..];
                 match u16::from_ne_bytes([message[4], message[5]]) {
                     DONE => return Ok(()),
-                    ERROR => {
-                        let code = body.get(..4).and_then(|code| code.try_into().ok());
-                        return Err(io::Error::from_raw_os_error(
-                            -code.map_or(-libc::EIO, i32::from_ne_bytes),
-                        ));
-                    }
+                    ERROR => return Err(error_in(body)),
                     _ => visit(body),
                 }
             }
@@ -140,6 +148,11 @@ pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
         bytes = bytes.get(length.next_multiple_of(4)..).unwrap_or_default();
         Some((kind, value))
     })
+}
+
+fn error_in(body: &[u8]) -> io::Error {
+    let code = body.get(..4).and_then(|code| code.try_into().ok());
+    io::Error::from_raw_os_error(-code.map_or(-libc::EIO, i32::from_ne_bytes))
 }
 
 fn next_message<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {

@@ -50,7 +50,7 @@ pub struct Expected {
 }
 
 impl Lanes {
-    pub fn new(start_id: StartId, obstacle: Option<String>) -> Lanes {
+    pub fn new(start_id: StartId) -> Lanes {
         Lanes {
             start_id,
             seq: 0,
@@ -60,7 +60,7 @@ impl Lanes {
             adopted: BTreeMap::new(),
             unaware: BTreeSet::new(),
             cold: BTreeSet::new(),
-            obstacle,
+            obstacle: None,
         }
     }
 
@@ -267,8 +267,8 @@ mod tests {
     impl Pair {
         fn in_clear() -> Pair {
             let mut pair = Pair {
-                one: Lanes::new(StartId(1), None),
-                two: Lanes::new(StartId(2), None),
+                one: Lanes::new(StartId(1)),
+                two: Lanes::new(StartId(2)),
                 told_one: BTreeSet::new(),
                 told_two: BTreeSet::new(),
             };
@@ -362,7 +362,7 @@ mod tests {
         pair.one.begin(sealed(1, 1, Slot::First));
         pair.two.begin(sealed(1, 2, Slot::First));
         pair.settle();
-        pair.two = Lanes::new(StartId(3), None);
+        pair.two = Lanes::new(StartId(3));
         pair.two.begin(sealed(1, 22, Slot::Second));
         pair.two_tells();
         assert_eq!(pair.one.choice(TWO), None, "it knows nothing of this node's key yet");

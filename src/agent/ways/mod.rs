@@ -43,6 +43,8 @@ pub struct Ways {
     view: Mutex<WaysView>,
     wake: async_channel::Sender<()>,
     woken: async_channel::Receiver<()>,
+    /// Held while this machine is tried for encryption; whether it has been.
+    is_tried: Mutex<bool>,
 }
 
 /// What `tinydc net` shows.
@@ -55,9 +57,20 @@ pub struct WaysView {
 
 impl Ways {
     pub fn new(start_id: StartId) -> Ways {
-        let obstacle = wireguard::probe().err().map(|error| chain(&error));
         let (wake, woken) = async_channel::bounded(1);
-        Ways { lanes: Mutex::new(Lanes::new(start_id, obstacle)), view: Mutex::default(), wake, woken }
+        let lanes = Mutex::new(Lanes::new(start_id));
+        Ways { lanes, view: Mutex::default(), wake, woken, is_tried: Mutex::new(false) }
+    }
+
+    /// Tries once whether this machine could encrypt. Blocks, and has the kernel load what that takes: only when there is
+    /// somebody to tell.
+    fn try_encryption(&self) {
+        let mut is_tried = lock(&self.is_tried);
+        if !*is_tried {
+            let obstacle = wireguard::probe().err().map(|error| chain(&error));
+            lock(&self.lanes).set_obstacle(obstacle);
+            *is_tried = true;
+        }
     }
 
     pub fn hear(&self, from: NodeId, mut frame: WaysFrame) {
@@ -74,8 +87,9 @@ impl Ways {
         lock(&self.view).clone()
     }
 
-    /// Nodes that can't encrypt, with the reason; `own` is this one.
+    /// Nodes that can't encrypt, with the reason; `own` is this one. Blocks when it is asked for the first time.
     pub fn obstacles(&self, own: NodeId) -> BTreeMap<NodeId, String> {
+        self.try_encryption();
         let lanes = lock(&self.lanes);
         let mut found = lanes.obstacles();
         found.extend(lanes.own_obstacle().map(|text| (own, text.to_owned())));
@@ -114,6 +128,8 @@ struct Last {
     frames: BTreeMap<NodeId, (Instant, WaysFrame)>,
     rolled_since: Option<Instant>,
     has_tidied: bool,
+    /// Whether this machine could encrypt is known.
+    has_tried: bool,
     /// A tunnel that could not be made is tried again from then on.
     retry_at: Option<Instant>,
 }
@@ -129,6 +145,7 @@ impl Last {
             frames: BTreeMap::new(),
             rolled_since: None,
             has_tidied: false,
+            has_tried: false,
             retry_at: None,
         }
     }
@@ -142,6 +159,11 @@ impl WaysKeeper {
         loop {
             let state = self.replica.state();
             let cluster_time = self.replica.status().await.map(|status| status.cluster_time);
+            if !last.has_tried && state.nodes.rows().nth(1).is_some() {
+                let ways = self.ways.clone();
+                crate::tasks::unblock(move || ways.try_encryption()).await;
+                last.has_tried = true;
+            }
             let now = Instant::now();
             self.drop_lost(&mut last).await;
             self.follow_addresses(&state, &mut last);

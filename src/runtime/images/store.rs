@@ -104,7 +104,11 @@ impl ImageStore {
             next_temporary: AtomicU64::new(0),
         };
         let temporary = store.root.join("tmp");
-        tree::remove(&temporary).map_err(|source| failed("empty", &temporary, source))?;
+        // What a crash left. Most often there is nothing, and then the disk is not written.
+        let is_empty = fs::read_dir(&temporary).is_ok_and(|mut entries| entries.next().is_none());
+        if !is_empty {
+            tree::remove(&temporary).map_err(|source| failed("empty", &temporary, source))?;
+        }
         for name in ["tmp", "layers", "images", "blobs/sha256"] {
             let path = store.root.join(name);
             fs::create_dir_all(&path).map_err(|source| failed("create", &path, source))?;
