@@ -133,7 +133,7 @@ fn median(all: &mut [f64]) -> f64 {
 }
 
 fn load_hello(field: &Field) -> Result<()> {
-    let binary = "target/cross/build/x86_64-unknown-linux-musl/dist/tinydc";
+    let binary = "target/cross/x86_64/x86_64-unknown-linux-musl/dist/tinydc";
     let binary = std::env::var_os("TINYDC_BINARY").map_or(binary.into(), PathBuf::from);
     let words = ["/tinydc".to_string(), "hello".to_string()];
     let image = tinydc::cli::lab::image_of("hello:1", &binary, &words, &[])?;
