@@ -30,6 +30,12 @@ pub const CASES: &[Case] = &[
         run: raspi3b,
     },
     Case {
+        name: "pc",
+        proves: "a PC starts by its own firmware, UEFI, from the image as it is: data from a SATA disk, an address by its \
+                 network chip, a cluster that is there again at the next start",
+        run: pc,
+    },
+    Case {
         name: "no-data",
         proves: "a card without a data partition gives a board that runs in memory and says so, on the network too",
         run: no_data,
@@ -132,6 +138,38 @@ fn raspi3b(field: &mut Field) -> Result<()> {
     let failures: Vec<&str> = report.lines().filter(|line| line.contains("FAILED")).collect();
     ensure!(failures.len() == 1 && failures[0].contains("bcm2835_wdt"), "{report}");
     Ok(())
+}
+
+fn pc(field: &mut Field) -> Result<()> {
+    field.serve_dhcp(10, 3600)?;
+    let setup = Setup { board: "pc-x86_64", memory_mib: 512, ..Setup::new("name = \"pi1\"\n") };
+    let index = field.add(setup)?;
+    let begin = Instant::now();
+    field.start(index)?;
+    let guest = &mut field.guests[index];
+    let data = guest.wait_said(" data ", START_LIMIT)?;
+    ensure!(data.contains("sda2 (tinydc)") && data.contains("file system grown to"), "{data}");
+    let ready = guest.wait_ready()?;
+    guest.wait_said("eth0: address 10.97.0.11/24", START_LIMIT)?;
+    field.remark(data);
+    field.remark(ready);
+    field.note("from the plug to a node that answers, firmware and all", begin);
+    let guest = &mut field.guests[index];
+    let founded = guest.type_line("pi1", "init")?;
+    ensure!(founded.contains("tinydc join tdc-join-"), "{founded}");
+    let report = guest.type_line("pi1", "report")?;
+    ensure!(!report.contains("FAILED") && !report.contains("problem:"), "{report}");
+    guest.type_last("reboot")?;
+    guest.wait_off(Duration::from_secs(60))?;
+
+    field.start(index)?;
+    let guest = &mut field.guests[index];
+    guest.wait_ready()?;
+    let node = guest.wait_member("pi1")?;
+    ensure!(node.contains("amd64") && node.contains("leader"), "{node}");
+    guest.qmp("system_powerdown", serde_json::json!({}))?;
+    guest.wait_for("power off: now", Duration::from_secs(30))?;
+    guest.wait_off(Duration::from_secs(20))
 }
 
 fn wrong_settings(field: &mut Field) -> Result<()> {

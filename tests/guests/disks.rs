@@ -168,8 +168,8 @@ fn disk_pulled(field: &mut Field) -> Result<()> {
     plug(field)?;
     await_phase(field, "films", "running")?;
     field.note("plugged in again → it runs again", begin);
-    let status = field.laptop(&["status"])?;
-    ensure!(!status.contains("is absent"), "{status}");
+    // The node acts before the state has been told.
+    until("status tells of no absent disk", LIMIT, || Ok(!field.laptop(&["status"])?.contains("is absent")))?;
     ensure!(instance(field, "plain")?["pid"] == plain["pid"], "its neighbour ran through it all");
 
     field.guests[0].type_last("poweroff")?;

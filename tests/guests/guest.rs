@@ -145,25 +145,13 @@ impl Guest {
     pub fn start(&mut self, netns_path: &Path) -> Result<()> {
         self.begin = self.log().len();
         self.seen = self.begin;
-        let slot = image::slot_of(&self.disk, &self.dir)?;
-        if !self.setup.more_initramfs.is_empty() {
-            let mut whole = fs::read(&slot.initramfs)?;
-            whole.resize(whole.len().next_multiple_of(4), 0);
-            whole.extend_from_slice(&self.setup.more_initramfs);
-            fs::write(&slot.initramfs, whole)?;
-        }
         // The console of a Raspberry Pi is its second serial line.
-        let (mut command, lines, log) = match self.setup.board {
-            "rpi3" => (self.raspberry_pi_3(), ["daemon", "serial"], "ttyAMA0"),
-            board => (self.virtual_machine(board.contains("aarch64")), ["serial", "daemon"], "ttyS1"),
+        let lines = if self.setup.board == "rpi3" { ["daemon", "serial"] } else { ["serial", "daemon"] };
+        let mut command = match self.setup.board {
+            "pc-x86_64" => self.pc()?,
+            _ => self.with_kernel()?,
         };
         command.args(["-display", "none", "-nodefaults", "-no-reboot"]);
-        command.arg("-kernel").arg(&slot.kernel).arg("-initrd").arg(&slot.initramfs);
-        if let Some(device_tree) = &slot.device_tree {
-            command.arg("-dtb").arg(device_tree);
-        }
-        let words = format!("{} tinydc.log={log} {}", slot.command_line, self.setup.kernel_words);
-        command.args(["-append", &words]);
         command.args(["-netdev", &format!("tap,id=net,ifname=tap{},script=no,downscript=no", self.number)]);
         let serial = format!(
             "socket,id=serial,path={},server=on,wait=off,logfile={},logappend=on",
@@ -194,6 +182,48 @@ impl Guest {
         std::thread::spawn(move || std::io::copy(&mut reader, &mut std::io::sink()));
         self.serial = Some(serial);
         Ok(())
+    }
+
+    /// What takes the place of the firmware: the slot's kernel and initramfs are handed to QEMU.
+    fn with_kernel(&self) -> Result<Command> {
+        let slot = image::slot_of(&self.disk, &self.dir)?;
+        if !self.setup.more_initramfs.is_empty() {
+            let mut whole = fs::read(&slot.initramfs)?;
+            whole.resize(whole.len().next_multiple_of(4), 0);
+            whole.extend_from_slice(&self.setup.more_initramfs);
+            fs::write(&slot.initramfs, whole)?;
+        }
+        let (mut command, log) = match self.setup.board {
+            "rpi3" => (self.raspberry_pi_3(), "ttyAMA0"),
+            board => (self.virtual_machine(board.contains("aarch64")), "ttyS1"),
+        };
+        command.arg("-kernel").arg(&slot.kernel).arg("-initrd").arg(&slot.initramfs);
+        if let Some(device_tree) = &slot.device_tree {
+            command.arg("-dtb").arg(device_tree);
+        }
+        let words = format!("{} tinydc.log={log} {}", slot.command_line, self.setup.kernel_words);
+        command.args(["-append", &words]);
+        Ok(command)
+    }
+
+    /// A PC with its firmware, which finds by itself what is to be started. Disk and network chip are common ones.
+    fn pc(&self) -> Result<Command> {
+        const FIRMWARE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
+        const VARIABLES: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
+        let variables = self.dir.join("variables.fd");
+        if !variables.exists() {
+            fs::copy(VARIABLES, &variables).with_context(|| format!("copy {VARIABLES}; install ovmf"))?;
+        }
+        let mut command = Command::new("qemu-system-x86_64");
+        command.args(["-M", "q35", "-cpu", "max", "-smp", "1", "-accel", "tcg,thread=multi"]);
+        command.args(["-m", &self.setup.memory_mib.to_string()]);
+        command.args(["-drive", &format!("if=pflash,format=raw,readonly=on,file={FIRMWARE}")]);
+        command.args(["-drive", &format!("if=pflash,format=raw,file={}", variables.display())]);
+        let drive = format!("file={},if=none,id=card,format=raw,cache=writeback", self.disk.display());
+        command.args(["-drive", &drive, "-device", "ide-hd,drive=card,bus=ide.0"]);
+        command
+            .args(["-device", &format!("e1000e,netdev=net,id=nic,mac={},romfile=", hardware(self.number))]);
+        Ok(command)
     }
 
     /// QEMU's own machines, with virtio.

@@ -367,8 +367,10 @@ fn power_loss(field: &mut Field) -> Result<()> {
         let said = check_disk(field, &images, kept.image + 1)?;
         field.note(&format!("cut {cut}, {lost} writes lost, {acknowledged:?}: all there, {said}"), begin);
     }
+    // Cut when the last answer had come: what was under way afterwards nobody would miss.
+    let until = moments.last().context("a moment")?.entries;
     copy(&before, &disk)?;
-    let lost = log.replay(&disk, log.len(), FORGOTTEN, &mut || false)?;
+    let lost = log.replay(&disk, until, FORGOTTEN, &mut || false)?;
     let damage = check_disk(field, &[], kept.image + 1).err();
     // What can't be asked proves nothing: only an answer that lacks something, or a disk that is found damaged.
     let noticed = match damage {
