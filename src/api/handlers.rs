@@ -20,7 +20,7 @@ use std::collections::BTreeMap;
 use std::io::Read;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The API's description, `openapi.json` beside this file, as cross/link.rs packed it.
 const OPENAPI: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/openapi.json.z"));
@@ -28,6 +28,8 @@ const OPENAPI: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/openapi.json.z"
 const TOKEN_VALID_SECONDS: u64 = 24 * 3600;
 const TOKEN_VALID_SECONDS_MAX: u64 = 365 * 24 * 3600;
 /// How often a follower of events looks.
+const ENCRYPTION_TOLD_LIMIT: Duration = Duration::from_secs(5);
+const ENCRYPTION_TOLD_EVERY: Duration = Duration::from_millis(100);
 const EVENTS_EVERY: Duration = Duration::from_millis(250);
 
 pub async fn handle(
@@ -399,15 +401,32 @@ pub async fn create_token(
     Ok(TokenReply { id: id.to_string(), token, expires_at: expires_at.to_string(), line })
 }
 
-/// Encryption is for all nodes or for none: one that can't would lose touch with the others' containers.
+/// Encryption is for all nodes or for none: one that can't would lose touch with the others' containers. A node that has
+/// just come tells in a moment whether it can.
 async fn refuse_if_some_cannot_encrypt(backend: &Backend) -> Result<(), ApiError> {
-    let (ways, own) = (backend.ways.clone(), backend.node);
-    let obstacles = crate::tasks::unblock(move || ways.obstacles(own)).await;
-    let Some((node, reason)) = obstacles.first_key_value() else { return Ok(()) };
-    let name = backend.replica.state().node_name(*node);
-    Err(ApiError::rejected(format!("{name} can't encrypt: {reason}")).hint(
-        "load the module there (modprobe wireguard, or modprobe tun), restart tinydc on it, and set it again",
-    ))
+    let begin = Instant::now();
+    loop {
+        let (ways, own) = (backend.ways.clone(), backend.node);
+        let obstacles = crate::tasks::unblock(move || ways.obstacles(own)).await;
+        let state = backend.replica.state();
+        if let Some((node, reason)) = obstacles.first_key_value() {
+            let name = state.node_name(*node);
+            return Err(ApiError::rejected(format!("{name} can't encrypt: {reason}")).hint(
+                "load the module there (modprobe wireguard, or modprobe tun), restart tinydc on it, and set it again",
+            ));
+        }
+        let is_silent = |node: &&Node| {
+            node.condition == Condition::Up && node.id != own && !backend.ways.has_heard(node.id)
+        };
+        let Some(silent) = state.nodes.rows().find(is_silent) else { return Ok(()) };
+        if begin.elapsed() > ENCRYPTION_TOLD_LIMIT {
+            let told = format!("{} has not told yet whether it can encrypt", silent.name);
+            return Err(
+                ApiError::rejected(told).hint("see whether it is reached: tinydc net; then set it again")
+            );
+        }
+        async_io::Timer::after(ENCRYPTION_TOLD_EVERY).await;
+    }
 }
 
 async fn settings(

@@ -334,3 +334,16 @@ pub fn delete_route(socket: &Socket, route: &Route) -> io::Result<()> {
     route_message(&mut batch, DELETE_ROUTE, ACK, route);
     socket.send(&batch)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_link_is_found_by_its_name() {
+        assert_eq!(index_of("lo").unwrap(), nix::net::if_::if_nametoindex("lo").unwrap());
+        let absent = index_of("td-absent").unwrap_err();
+        assert_eq!(absent.raw_os_error(), Some(libc::ENODEV), "{absent}");
+        assert!(index_of("a-name-that-is-too-long").is_err());
+    }
+}

@@ -106,7 +106,7 @@ impl Socket {
         }
     }
 
-    /// Sends one request for one thing; the body of the answer.
+    /// Sends one request for one thing, without asking for an acknowledgement besides; the body of the answer.
     pub fn ask(&self, batch: &Batch) -> io::Result<Vec<u8>> {
         send(self.fd.as_raw_fd(), &batch.bytes, MsgFlags::empty())?;
         let mut buffer = vec![0; 16 << 10];

@@ -2,7 +2,7 @@
 //! between two containers, with the LAN listened to.
 
 use crate::Case;
-use crate::cluster::{deploy_to, form, load_archive};
+use crate::cluster::{deploy_to, form, load_archive, nodes_up};
 use crate::field::{Field, until};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeSet;
@@ -20,7 +20,7 @@ use tinydc::linux::{netns, packet};
 pub const CASES: &[Case] = &[Case {
     name: "wireguard",
     proves: "with encrypt two boards talk through their kernels' WireGuard: a connection between containers goes on while it \
-             is switched on, given new keys and switched off, and the LAN carries nothing of it in clear",
+             is switched on, given new keys and switched off, and the LAN carries nothing of it in clear; a board whose kernel has none is named",
     run: wireguard,
 }];
 
@@ -257,5 +257,21 @@ fn wireguard(field: &mut Field) -> Result<()> {
     })?;
     field.note("changed back", begin);
     talk.check(field, "changed back")?;
-    talk.end()
+    talk.end()?;
+    refused_by_one_that_cannot(field)
+}
+
+/// A board whose kernel has no WireGuard: it says so when it is asked, and nothing changes.
+fn refused_by_one_that_cannot(field: &mut Field) -> Result<()> {
+    field.guests[1].type_last("poweroff")?;
+    field.guests[1].wait_off(LIMIT)?;
+    field.guests[1].set_kernel("module_blacklist=wireguard", Vec::new());
+    field.start(1)?;
+    field.guests[1].wait_ready()?;
+    until("both are up", LIMIT, || Ok(nodes_up(field)? == 2))?;
+    let refused = field.laptop(&["settings", "encrypt", "true"]).err().context("encrypt is refused")?;
+    let told = format!("{refused:#}");
+    ensure!(told.contains("pi2 can't encrypt"), "{told}");
+    ensure!(both_ways(field, "direct")?, "nothing has changed");
+    Ok(())
 }

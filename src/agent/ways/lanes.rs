@@ -235,6 +235,11 @@ impl Lanes {
         of_peers.filter_map(|(node, frame)| Some((*node, frame.obstacle.clone()?))).gather()
     }
 
+    /// Whether this peer has said anything yet, and with it whether it could encrypt.
+    pub fn has_heard(&self, node: NodeId) -> bool {
+        self.peers.contains_key(&node)
+    }
+
     pub fn own_obstacle(&self) -> Option<&str> {
         self.obstacle.as_deref()
     }
@@ -372,6 +377,16 @@ mod tests {
         assert_eq!(keys(&pair.one), [[2; 32]], "what its earlier run left at work is not cut off");
         pair.settle();
         assert_eq!(pair.lanes(), [Some(Lane::Sealed { epoch: 1 }); 2]);
+    }
+
+    #[test]
+    fn a_peer_that_said_nothing_has_not_said_that_it_can() {
+        let mut pair = Pair { one: Lanes::new(StartId(1)), ..Pair::in_clear() };
+        assert!(!pair.one.has_heard(TWO));
+        pair.two.set_obstacle(Some("no WireGuard".into()));
+        pair.two_tells();
+        assert!(pair.one.has_heard(TWO));
+        assert_eq!(pair.one.obstacles(), BTreeMap::from([(TWO, "no WireGuard".to_string())]));
     }
 
     #[test]

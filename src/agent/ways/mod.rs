@@ -67,8 +67,9 @@ impl Ways {
     fn try_encryption(&self) {
         let mut is_tried = lock(&self.is_tried);
         if !*is_tried {
-            let obstacle = wireguard::probe().err().map(|error| chain(&error));
-            lock(&self.lanes).set_obstacle(obstacle);
+            if let Err(error) = wireguard::probe() {
+                lock(&self.lanes).set_obstacle(Some(chain(&error)));
+            }
             *is_tried = true;
         }
     }
@@ -81,6 +82,11 @@ impl Ways {
             // A full channel holds a wake-up already.
             let _ = self.wake.try_send(());
         }
+    }
+
+    /// Whether this peer has said yet if it could encrypt.
+    pub fn has_heard(&self, node: NodeId) -> bool {
+        lock(&self.lanes).has_heard(node)
     }
 
     pub fn view(&self) -> WaysView {
@@ -194,7 +200,12 @@ impl WaysKeeper {
 
     /// Somebody took a tunnel's interface away: `offer` makes another, with a new key.
     async fn drop_lost(&self, last: &mut Last) {
-        let lost = self.network.lost_tunnels();
+        if !self.network.has_tunnels() {
+            return;
+        }
+        // The kernel answers when nobody else changes links.
+        let network = self.network.clone();
+        let lost = crate::tasks::unblock(move || network.lost_tunnels()).await;
         if lost.is_empty() {
             return;
         }
@@ -364,6 +375,10 @@ impl WaysKeeper {
     }
 
     fn tell_peers(&self, last: &mut Last, now: Instant) {
+        if !last.has_tried {
+            // Peers take what says nothing of an obstacle for a node that can encrypt.
+            return;
+        }
         let told: BTreeSet<Expected> = last.told.keys().copied().gather();
         let unaware = lock(&self.ways.lanes).take_unaware();
         last.frames.retain(|node, _| !unaware.contains(node));

@@ -81,9 +81,12 @@ fn kernel_error(step: impl Into<String>) -> impl FnOnce(io::Error) -> TunnelErro
 pub fn probe() -> Result<(), TunnelError> {
     const NAME: &str = "tdw-probe";
     let socket = Socket::route().map_err(kernel_error("open rtnetlink"))?;
+    let delete = || link::index_of(NAME).and_then(|index| link::delete(&socket, index));
+    // A run that was killed in between has left it.
+    let _ = delete();
     if kernel::add_link(&socket, NAME).is_ok() {
         // Gone at the latest with the namespace.
-        let _ = link::index_of(NAME).and_then(|index| link::delete(&socket, index));
+        let _ = delete();
         return Ok(());
     }
     tun::probe().map_err(TunnelError::Missing)
