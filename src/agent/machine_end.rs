@@ -9,10 +9,19 @@ use crate::runtime::ContainerState;
 use crate::state::State;
 use crate::tasks::Launch;
 use async_executor::{Executor, Task};
+use std::path::Path;
 use std::sync::Arc;
 use tracing::{info, warn};
 
-pub async fn stop_containers(ground: &Ground, state: &Arc<State>, executor: &Executor<'static>) {
+/// In the run directory: for how many seconds a container may still be at its end.
+pub const GRACE_FILE: &str = "longest-grace";
+
+pub async fn stop_containers(
+    ground: &Ground,
+    run_dir: &Path,
+    state: &Arc<State>,
+    executor: &Executor<'static>,
+) {
     let listing = ground.runtime.clone();
     let running = crate::tasks::unblock(move || listing.list()).await.unwrap_or_else(|error| {
         warn!(%error, "list containers");
@@ -22,6 +31,9 @@ pub async fn stop_containers(ground: &Ground, state: &Arc<State>, executor: &Exe
     let running = running.into_iter().filter(|container| is_running(&container.state));
     let ids: Vec<_> = running.filter_map(|container| instance_of(&container.id)).collect();
     info!(containers = ids.len(), "the machine ends");
+    let longest = ids.iter().map(|id| stop_of(state, *id).1).max().unwrap_or_default();
+    // Who ends the machine waits as long; without the file, a minute.
+    let _ = std::fs::write(run_dir.join(GRACE_FILE), longest.as_secs().to_string());
     let stops: Vec<Task<()>> = ids
         .into_iter()
         .map(|id| {

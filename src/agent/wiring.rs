@@ -62,7 +62,8 @@ fn place<'a>(view: &View<'a>, instance: &'a Instance) -> Option<Placed<'a>> {
     let (node, address) = (instance.node?, instance.address?);
     let service = view.state.services.find(&instance.service)?;
     let spec = service.spec_of(instance.spec_version);
-    let is_up = view.state.nodes.find(&node).is_some_and(|node| node.condition == Condition::Up);
+    let host = view.state.nodes.find(&node);
+    let is_up = host.is_some_and(|host| host.condition == Condition::Up);
     let is_heard = !view.silent.contains(&node) && !view.down.contains(&(node, instance.id));
     let is_alive = is_up && is_heard && instance.observed.phase.is_running();
     let is_ready = match instance.observed.phase {
@@ -70,7 +71,8 @@ fn place<'a>(view: &View<'a>, instance: &'a Instance) -> Option<Placed<'a>> {
         Phase::Running => !is_probed(spec),
         _ => false,
     };
-    let is_endpoint = is_alive && is_ready && instance.desired == Desired::Run && !service.is_removed;
+    let is_wanted = instance.desired == Desired::Run && !service.is_removed;
+    let is_endpoint = is_alive && is_ready && is_wanted && !host.is_some_and(|host| host.is_ending);
     Some(Placed { instance, service, spec, address, is_alive, is_endpoint })
 }
 
@@ -304,6 +306,17 @@ mod tests {
         let wiring = plan_of(&state, &[], &[]);
         assert_eq!(vip(&wiring, 1), [address(1, 11)]);
         assert!(wiring.alive.contains(&address(2, 12)));
+    }
+
+    #[test]
+    fn a_machine_that_ends_gets_no_new_connections_and_keeps_its_old_ones() {
+        let mut state = state();
+        state.nodes.update(&NodeId(2), |node| node.is_ending = true);
+        let wiring = plan_of(&state, &[], &[]);
+        assert_eq!(vip(&wiring, 1), [address(1, 11)]);
+        assert!(wiring.alive.contains(&address(2, 12)));
+        state.nodes.update(&OWN, |node| node.is_ending = true);
+        assert!(vip(&plan_of(&state, &[], &[]), 1).is_empty());
     }
 
     #[test]

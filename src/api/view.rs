@@ -275,6 +275,8 @@ fn node_state(node: &Node) -> &'static str {
         "down"
     } else if node.stopped_at.is_some() {
         "stopped"
+    } else if node.is_ending {
+        "stopping"
     } else if node.is_drained {
         "drained"
     } else {

@@ -126,7 +126,7 @@ pub struct StatusBody {
 pub struct NodeBody {
     pub id: String,
     pub name: String,
-    /// `up`, `down`, `drained`, `leaving`.
+    /// `up`, `stopping`, `stopped`, `drained`, `leaving`, `down`.
     pub state: String,
     /// `leader`, `voter`, `learner`.
     pub role: String,

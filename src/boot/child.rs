@@ -46,11 +46,11 @@ impl Kept {
     }
 
     pub fn is_due(&self, now_ms: u64) -> bool {
-        !self.is_retired && self.start_at_ms.is_some_and(|at| now_ms >= at)
+        self.deadline_ms().is_some_and(|at| now_ms >= at)
     }
 
     pub fn deadline_ms(&self) -> Option<u64> {
-        self.start_at_ms
+        self.start_at_ms.filter(|_| !self.is_retired)
     }
 
     pub fn pid(&self) -> Option<i32> {
@@ -154,4 +154,21 @@ pub fn log(line: &str) {
 
 fn older(path: &Path) -> PathBuf {
     path.with_extension("old")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_that_ended_is_due_again_unless_it_is_retired() {
+        let mut kept = Kept::new();
+        assert!(kept.is_due(0));
+        kept.started(&Ok(10), 0);
+        assert!(kept.deadline_ms().is_none() && !kept.ended(11, 5));
+        assert!(kept.ended(10, 5_000) && kept.deadline_ms().is_some());
+        kept.started(&Ok(12), 6_000);
+        kept.retire();
+        assert!(kept.ended(12, 60_000) && kept.deadline_ms().is_none() && !kept.is_due(u64::MAX));
+    }
 }

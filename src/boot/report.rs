@@ -50,6 +50,10 @@ impl Report {
         self.write();
     }
 
+    pub fn has_failure(&self) -> bool {
+        self.outcomes.iter().any(|outcome| outcome.result.is_err())
+    }
+
     /// What a phase lacked is there now.
     pub fn forget_problem(&mut self, phase: &str) {
         let is_of_phase = |problem: &String| problem.split(':').next() == Some(phase);

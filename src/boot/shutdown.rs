@@ -6,6 +6,7 @@
 use super::clock;
 use super::phases::DATA_DIR;
 use super::supervisor::Supervisor;
+use crate::agent::machine_end::GRACE_FILE;
 use crate::linux::clock::boot_ms;
 use crate::linux::machine::{self, Ending};
 use crate::linux::mount;
@@ -17,8 +18,10 @@ use std::time::Duration;
 
 /// Tells the daemon that the machine ends: it stops its containers before it ends itself.
 pub const MACHINE_ENDS: Signal = Signal::SIGQUIT;
-/// For all containers together to end within their grace.
+/// For the daemon to tell the cluster and to stop all containers, when none has a longer grace.
 const DAEMON_LIMIT_MS: u64 = 60_000;
+/// Beside the longest grace.
+const DAEMON_REST_MS: u64 = 15_000;
 const REST_LIMIT_MS: u64 = 3_000;
 
 pub fn end(mut supervisor: Supervisor, ending: Ending) -> ! {
@@ -35,7 +38,10 @@ pub fn end(mut supervisor: Supervisor, ending: Ending) -> ! {
     if let Some(pid) = supervisor.node.pid() {
         // Gone already is what is wanted.
         let _ = kill(Pid::from_raw(pid), MACHINE_ENDS);
-        await_that(&mut supervisor, DAEMON_LIMIT_MS, |supervisor| supervisor.node.pid().is_none());
+        let begin = boot_ms();
+        let is_over =
+            |begin_ms: u64| boot_ms() - begin_ms > DAEMON_LIMIT_MS.max(longest_grace_ms() + DAEMON_REST_MS);
+        await_that(&mut supervisor, u64::MAX, |supervisor| supervisor.node.pid().is_none() || is_over(begin));
     }
     if let Some(network) = &mut supervisor.board.network {
         network.release(boot_ms());
@@ -62,6 +68,13 @@ pub fn end(mut supervisor: Supervisor, ending: Ending) -> ! {
     loop {
         std::thread::sleep(Duration::from_secs(60));
     }
+}
+
+/// As the daemon has told when it began to stop containers.
+fn longest_grace_ms() -> u64 {
+    let path = Path::new(super::supervisor::RUN_DIR).join(GRACE_FILE);
+    let told = std::fs::read_to_string(path).ok().and_then(|text| text.parse::<u64>().ok());
+    told.unwrap_or(0).saturating_mul(1000)
 }
 
 fn await_that(supervisor: &mut Supervisor, limit_ms: u64, is_true: impl Fn(&Supervisor) -> bool) {

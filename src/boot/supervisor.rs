@@ -34,6 +34,8 @@ const SIGNALS: [(Signal, Ending); 4] = [
     (Signal::SIGUSR1, Ending::RestartOther),
     (Signal::SIGUSR2, Ending::PowerOff),
 ];
+/// The daemon's, as it is without a data directory of its own.
+pub const RUN_DIR: &str = "/run/tinydc";
 const SOCKET: &str = "/run/tinydc/api.sock";
 /// A turn comes at least this often.
 const TURN_MS_MAX: u64 = 5_000;
@@ -101,7 +103,8 @@ impl Supervisor {
             self.turn();
             self.wait();
             if self.is_trial_lost() {
-                self.board.console.say("this slot's daemon did not answer in time: back to the other slot");
+                let lack = self.trial_lack().unwrap_or("has no daemon that answered in time");
+                self.board.console.say(&format!("this slot {lack}: back to the other slot"));
                 shutdown::end(self, Ending::Restart);
             }
             if let Some(ending) = self.hear_signals() {
@@ -132,10 +135,22 @@ impl Supervisor {
         self.board.report.answer();
     }
 
+    /// What a slot on trial must have beside a daemon that answers: a kernel that finds neither disk nor network makes a
+    /// board that answers itself, and nobody else.
+    fn trial_lack(&self) -> Option<&'static str> {
+        let has_address = self.board.network.as_ref().is_some_and(|network| network.has_address());
+        match (self.board.has_data_disk, has_address) {
+            (false, _) => Some("finds no disk for its data"),
+            (true, false) => Some("gets no address"),
+            (true, true) => None,
+        }
+    }
+
     /// A slot on trial is kept once its daemon is steady, and left when its window ends.
     fn is_trial_lost(&mut self) -> bool {
         let now = boot_ms();
-        let well = self.watch.well_since_ms.map(|since| now - since);
+        let is_whole = self.trial_lack().is_none();
+        let well = self.watch.well_since_ms.filter(|_| is_whole).map(|since| now - since);
         let Some(trial) = &mut self.trial else { return false };
         match trial.judge(now - self.began_ms, well) {
             Verdict::Wait => false,
@@ -339,7 +354,7 @@ impl Supervisor {
                 .report
                 .add_problem("the daemon does not answer; the watchdog restarts the board if it stays so");
         }
-        let is_wanted = is_silent || !self.board.has_data_disk;
+        let is_wanted = is_silent || !self.board.has_data_disk || self.board.report.has_failure();
         self.board.report.listen(is_wanted);
     }
 

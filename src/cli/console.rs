@@ -273,6 +273,9 @@ fn screen(facts: &Facts) -> String {
                 "instances",
                 &format!("{here} here; {} of {} run in the cluster", sum("running"), sum("wanted")),
             );
+            if let Some(own) = own {
+                row("health", &health(own));
+            }
         }
         None if joining.is_some() => row("cluster", "none yet"),
         None => row("cluster", value("daemon").unwrap_or("the daemon does not answer yet")),
@@ -303,6 +306,17 @@ fn screen(facts: &Facts) -> String {
     let enter = if facts.waits_for_cluster() { "" } else { "Enter draws this anew; " };
     row("", &format!("{enter}help lists what can be typed"));
     text
+}
+
+/// As `status` tells it.
+fn health(node: &Value) -> String {
+    let troubles = node["troubles"].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let mut words: Vec<String> = troubles.map(|trouble| trouble.replace('_', " ")).collect();
+    if words.is_empty() {
+        words.push("good".into());
+    }
+    words.extend(node["temperature_celsius"].as_i64().map(|celsius| format!("{celsius} °C")));
+    words.join(", ")
 }
 
 /// In lines that fit beside its name.

@@ -632,6 +632,7 @@ fn speaks_for_itself(from: NodeId, command: &Command) -> bool {
         Command::NodeStarted { node, .. }
         | Command::NoteDisks { node, .. }
         | Command::NodeStopping { node, .. }
+        | Command::NodeEnding { node, .. }
         | Command::ConfirmKey { node, .. }
         | Command::Report { node, .. } => *node == from,
         _ => false,

@@ -101,6 +101,8 @@ pub struct Node {
     pub absent_disks: DiskSet,
     /// When that last changed, newest last, within an hour: one that comes and goes must not fill the log.
     pub disk_changes: Vec<Timestamp>,
+    /// Its machine is being switched off or restarted: what runs there gets no new connections.
+    pub is_ending: bool,
 }
 
 impl Node {

@@ -2,7 +2,7 @@
 
 use super::health::HealthWatch;
 use super::outgoing::{Carrier, Late, from_bytes};
-use super::{Awaiting, Config, Ended, Stop, founding, machine};
+use super::{Awaiting, Config, Ended, Stop, founding, in_the_way, machine};
 use crate::agent::{
     Agent, AgentConfig, Artifacts, Disks, Ground, Secrets, Ways, WaysKeeper, keep_leases, machine_end,
 };
@@ -49,6 +49,8 @@ const FOUNDER_LIMIT: Duration = Duration::from_secs(120);
 const FIRST_OPERATOR: &str = "operator";
 const LEAVE_LOOK: Duration = Duration::from_millis(200);
 const GOODBYE_LIMIT: Duration = Duration::from_millis(800);
+/// Until every node has heard of it and changed its table.
+const DRAIN_PAUSE: Duration = Duration::from_millis(500);
 
 /// What this run has, and what ends it.
 struct Run<'a> {
@@ -102,11 +104,15 @@ pub(crate) async fn run(
     )
     .await;
     if let Ended::Stopped(stop) = ended {
+        if stop == Stop::Machine {
+            run.drain().await;
+        }
         // Stopped first: a live agent would announce itself anew.
         backend.agent.stop().await;
         run.say_goodbye().await;
         if stop == Stop::Machine {
-            machine_end::stop_containers(&backend.ground, &backend.replica.state(), executor).await;
+            let (ground, run_dir, state) = (&backend.ground, config.run_dir(), backend.replica.state());
+            machine_end::stop_containers(ground, &run_dir, &state, executor).await;
         }
     }
     if matches!(ended, Ended::Removed) {
@@ -273,6 +279,8 @@ impl<'a> Run<'a> {
         let leases = keep_leases(self.node, self.start_id, ground.clone(), self.replica.handle().clone());
         self.tasks.push(self.executor.launch(leases));
         self.tasks.push(self.executor.launch(self.health.clone().run()));
+        let ranges = state.cluster().map(|cluster| (cluster.container_range, cluster.vip_range));
+        self.tasks.extend(ranges.map(|ranges| self.executor.launch(in_the_way::watch(ranges))));
         let (leave, leaving) = async_channel::bounded(1);
         let api_listen = self.config.api_listen();
         let backend = Arc::new(Backend {
@@ -395,6 +403,16 @@ impl<'a> Run<'a> {
                 });
                 let _ = reply.send(answer).await;
             }
+        }
+    }
+
+    /// New connections go to other nodes before the containers here are stopped.
+    async fn drain(&self) {
+        let command = Command::NodeEnding { node: self.node, start_id: self.start_id };
+        if let Some(backend) = self.late.backend.get()
+            && matches!(peer::within(GOODBYE_LIMIT, backend.submit(None, command)).await, Some(Ok(_)))
+        {
+            async_io::Timer::after(DRAIN_PAUSE).await;
         }
     }
 

@@ -7,6 +7,7 @@
 mod config;
 mod founding;
 mod health;
+mod in_the_way;
 mod machine;
 mod member;
 mod outgoing;

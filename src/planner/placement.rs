@@ -186,7 +186,7 @@ impl<'a> Ledger<'a> {
 
     fn standing_obstacle(&self, node: &Node) -> Option<Obstacle> {
         let heard = self.heard.get(&node.id).copied().unwrap_or_default();
-        if node.condition == Condition::Down || node.stopped_at.is_some() {
+        if node.condition == Condition::Down || node.stopped_at.is_some() || node.is_ending {
             Some(Obstacle::Down)
         } else if node.is_drained || node.is_leaving {
             Some(Obstacle::Drained)

@@ -53,6 +53,7 @@ impl State {
                 members::started(self, start, software)
             }
             Command::NodeStopping { node, start_id } => members::stopping(self, *node, *start_id),
+            Command::NodeEnding { node, start_id } => members::ending(self, *node, *start_id),
             Command::MarkNodeDown { node, start_id } => members::mark_down(self, *node, *start_id),
             Command::MarkNodeUp { node, start_id } => members::mark_up(self, *node, *start_id),
             Command::NoteTroubles { node, troubles } => members::note_troubles(self, *node, *troubles),

@@ -229,6 +229,11 @@ pub enum Command {
         start_id: StartId,
         absent: DiskSet,
     },
+    /// Its machine is about to be switched off or restarted, and stops its containers first.
+    NodeEnding {
+        node: NodeId,
+        start_id: StartId,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

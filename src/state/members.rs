@@ -106,6 +106,7 @@ fn add_node(state: &mut State, join: &JoinNode) -> Result<(NodeId, String), Reje
         disks_told_by: None,
         absent_disks: DiskSet::default(),
         disk_changes: Vec::new(),
+        is_ending: false,
     };
     state.nodes.put(id, node);
     Ok((id, name))
@@ -229,6 +230,7 @@ pub fn started(state: &mut State, start: Start, software: &str) -> Outcome {
         node.software = software.into();
         node.condition = Condition::Up;
         node.stopped_at = None;
+        node.is_ending = false;
         node.version += 1;
     });
     if was_down || is_new_start {
@@ -252,6 +254,21 @@ pub fn stopping(state: &mut State, id: NodeId, start_id: StartId) -> Outcome {
 }
 
 /// Only for the run of the daemon that was found silent: a later start makes it void.
+/// New connections go elsewhere from now on; those that are open end with their containers.
+pub fn ending(state: &mut State, id: NodeId, start_id: StartId) -> Outcome {
+    let node = state.existing_node(id)?;
+    if node.start_id != Some(start_id) || node.is_ending {
+        return Err(Rejection::Stale);
+    }
+    let name = node.name.clone();
+    state.nodes.update(&id, |node| {
+        node.is_ending = true;
+        node.version += 1;
+    });
+    state.note("node_ending", name.clone(), format!("{name} ends; its containers are stopped"));
+    Ok(Reply::Done)
+}
+
 pub fn mark_down(state: &mut State, id: NodeId, start_id: Option<StartId>) -> Outcome {
     let node = state.existing_node(id)?;
     if node.start_id != start_id || node.condition == Condition::Down {

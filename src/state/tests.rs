@@ -352,7 +352,7 @@ fn reports_of_another_run_are_void() {
     assert_eq!(applier.apply(stale), Err(Rejection::Stale));
 }
 
-const NUMBER_MAX: u8 = 37;
+const NUMBER_MAX: u8 = 38;
 /// Those of large rows: only their numbers are held.
 const WITHOUT_GOLDEN_BYTES: [u8; 12] = [0, 1, 3, 10, 12, 15, 18, 19, 26, 29, 30, 32];
 
@@ -397,7 +397,29 @@ fn number_of(command: &Command) -> u8 {
         Command::NoteTroubles { .. } => 35,
         Command::NoteDisks { .. } => 36,
         Command::NoteAbsentDisks { .. } => 37,
+        Command::NodeEnding { .. } => 38,
     }
+}
+
+#[test]
+fn a_machine_ends_until_its_next_start() {
+    let mut applier = Applier::with_nodes(2);
+    let node = NodeId(2);
+    let start_id = applier.state.nodes.find(&node).and_then(|row| row.start_id).expect("it started");
+    let is_ending = |applier: &Applier| applier.state.nodes.find(&node).is_some_and(|row| row.is_ending);
+    assert!(applier.apply(Command::NodeEnding { node, start_id: StartId(77) }).is_err(), "of another run");
+    applier.must(Command::NodeEnding { node, start_id });
+    applier.must(Command::NodeStopping { node, start_id });
+    assert!(is_ending(&applier));
+    let row = applier.state.nodes.find(&node).expect("it is a member").clone();
+    applier.must(Command::NodeStarted {
+        node,
+        start_id: StartId(78),
+        architecture: row.architecture,
+        size: row.size,
+        software: row.software,
+    });
+    assert!(!is_ending(&applier));
 }
 
 /// The encodings that are on users' disks: a change here breaks clusters that run.
@@ -412,7 +434,7 @@ fn golden_bytes_of_entries() {
     let disks = vec![NodeDisk { label: "a".into(), target: "/mnt/a".into() }];
     let mut absent = DiskSet::default();
     absent.insert(1);
-    let cases: [(Command, &[u8]); 26] = [
+    let cases: [(Command, &[u8]); 27] = [
         (Command::RemoveNode { node, is_forced: true }, &[2, 5, 1]),
         (Command::NodeStopping { node, start_id }, &[4, 5, 6]),
         (Command::MarkNodeDown { node, start_id: Some(start_id) }, &[5, 5, 1, 6]),
@@ -448,6 +470,7 @@ fn golden_bytes_of_entries() {
             &[36, 5, 6, 1, 1, b'a', 6, b'/', b'm', b'n', b't', b'/', b'a'],
         ),
         (Command::NoteAbsentDisks { node, start_id, absent }, &[37, 5, 6, 2]),
+        (Command::NodeEnding { node, start_id }, &[38, 5, 6]),
     ];
     let mut kept: Vec<u8> = WITHOUT_GOLDEN_BYTES.to_vec();
     for (command, tail) in cases {

@@ -9,6 +9,7 @@
 mod cable;
 mod certificates;
 mod crashes;
+mod deaths;
 mod durability;
 mod encryption;
 mod faults;
@@ -49,6 +50,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     updates::SCENARIOS,
     crashes::SCENARIOS,
     network::SCENARIOS,
+    deaths::SCENARIOS,
     encryption::SCENARIOS,
     names::SCENARIOS,
     faults::SCENARIOS,

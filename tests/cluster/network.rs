@@ -9,8 +9,6 @@ use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 use tinydc::linux::netns;
@@ -36,19 +34,6 @@ pub const SCENARIOS: &[Scenario] = &[
                  joins two apps; an internal one has no way out",
         machines: 3,
         run: isolation,
-    },
-    Scenario {
-        name: "endpoint-death",
-        proves: "at 1,000 requests/s over four instances of which one is killed every second, requests fail only if begun \
-                 within 100 ms of a death or in flight, and none waits over 1 s",
-        machines: 3,
-        run: endpoint_death,
-    },
-    Scenario {
-        name: "waiting-client",
-        proves: "a client that only waits for an answer is told at once when the container that was to give it dies",
-        machines: 3,
-        run: waiting_client,
     },
     Scenario {
         name: "lossy-links",
@@ -109,13 +94,13 @@ fn service(stage: &Stage, index: usize, app: &str, name: &str) -> Result<Value> 
         .with_context(|| format!("no service {app}/{name}"))
 }
 
-fn vip(stage: &Stage, index: usize, app: &str, name: &str) -> Result<Ipv4Addr> {
+pub fn vip(stage: &Stage, index: usize, app: &str, name: &str) -> Result<Ipv4Addr> {
     let body = service(stage, index, app, name)?;
     Ok(body["vip"].as_str().context("a service has an address")?.parse()?)
 }
 
 /// The namespace and the address of each container of a service.
-fn containers(stage: &Stage, app: &str, name: &str) -> Result<Vec<(PathBuf, Ipv4Addr)>> {
+pub fn containers(stage: &Stage, app: &str, name: &str) -> Result<Vec<(PathBuf, Ipv4Addr)>> {
     let rows = stage.rows(stage.running()?, app)?;
     let body = service(stage, stage.running()?, app, name)?;
     let mut found = Vec::new();
@@ -374,137 +359,6 @@ fn way_out(stage: &Stage, web: &PathBuf, db: &PathBuf) -> Result<()> {
         tinydc::network::link::add_route(&socket, &route)
     })?;
     ensure!(stage.http(target, 8080).is_err(), "a container is not reached past its ports");
-    Ok(())
-}
-
-/// Begun at, took, and why it failed.
-struct Request {
-    begun: Instant,
-    took: Duration,
-    error: Option<String>,
-}
-
-/// Asks at a fixed rate from several threads inside one namespace, a connection each, until told to stop.
-fn load(
-    netns: PathBuf,
-    address: SocketAddr,
-    per_second: u32,
-    stop: Arc<AtomicBool>,
-) -> thread::JoinHandle<Vec<Request>> {
-    const THREADS: u32 = 20;
-    thread::spawn(move || {
-        let next = Arc::new(AtomicU64::new(0));
-        let begin = Instant::now();
-        let workers: Vec<_> = (0..THREADS)
-            .map(|_| {
-                let (netns, next, stop) = (netns.clone(), next.clone(), stop.clone());
-                thread::spawn(move || {
-                    let work = move || {
-                        let mut done = Vec::new();
-                        while !stop.load(Ordering::Relaxed) {
-                            let turn = next.fetch_add(1, Ordering::Relaxed);
-                            let due = begin + Duration::from_secs_f64(turn as f64 / f64::from(per_second));
-                            thread::sleep(due.saturating_duration_since(Instant::now()));
-                            let begun = Instant::now();
-                            let error = http_here(address).err().map(|error| error.to_string());
-                            done.push(Request { begun, took: begun.elapsed(), error });
-                        }
-                        Ok(done)
-                    };
-                    netns::in_netns(&netns, work).unwrap_or_default()
-                })
-            })
-            .collect();
-        workers.into_iter().flat_map(|worker| worker.join().unwrap_or_default()).collect()
-    })
-}
-
-fn endpoint_death(stage: &mut Stage) -> Result<()> {
-    stage.form(3)?;
-    let health = "    healthcheck: {test: [CMD, wget, -q, -O, /dev/null, \"http://127.0.0.1:8080/\"], interval: 1s, retries: 1}\n";
-    let yaml = format!("services:\n{}{}", named("web", 4, health), named("ask", 1, ""));
-    stage.deploy(0, "shop", &yaml)?;
-    let address = vip(stage, 0, "shop", "web")?;
-    let (client, _) = containers(stage, "shop", "ask")?.into_iter().next().context("ask runs")?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let running = load(client, (address, 8080).into(), 1_000, stop.clone());
-    let mut deaths = Vec::new();
-    for round in 0..8u32 {
-        thread::sleep(Duration::from_secs(1));
-        let wanted = format!("shop/web.{}", round % 4 + 1);
-        let victim = stage.pids(0, "shop")?.get(&wanted).copied();
-        if let Some(pid) = victim {
-            deaths.push(Instant::now());
-            stage.kill_process(pid)?;
-        }
-    }
-    thread::sleep(Duration::from_secs(1));
-    stop.store(true, Ordering::Relaxed);
-    let requests = running.join().map_err(|_| anyhow::anyhow!("the load panicked"))?;
-    ensure!(deaths.len() >= 6, "instances came back to be killed again: {} deaths", deaths.len());
-    let failed: Vec<&Request> = requests.iter().filter(|request| request.error.is_some()).collect();
-    let excused = |request: &Request| {
-        deaths.iter().any(|death| {
-            let end = request.begun + request.took;
-            request.begun <= *death + Duration::from_millis(100) && end >= *death
-        })
-    };
-    let unexcused: Vec<&&Request> = failed.iter().filter(|request| !excused(request)).collect();
-    let slowest = requests.iter().map(|request| request.took).max().unwrap_or_default();
-    stage.remark(format!(
-        "{} requests, {} deaths: {} failed within 100 ms of a death, {} otherwise; slowest {} ms",
-        requests.len(),
-        deaths.len(),
-        failed.len() - unexcused.len(),
-        unexcused.len(),
-        slowest.as_millis()
-    ));
-    ensure!(requests.len() >= 5_000, "the load was carried: {} requests", requests.len());
-    let why: BTreeSet<&String> = unexcused.iter().filter_map(|request| request.error.as_ref()).collect();
-    ensure!(unexcused.is_empty(), "failed without a death near: {why:?}");
-    ensure!(slowest < Duration::from_secs(1), "one waited {slowest:?}");
-    Ok(())
-}
-
-fn waiting_client(stage: &mut Stage) -> Result<()> {
-    const PORT: u16 = 9200;
-    stage.form(3)?;
-    let yaml = format!(
-        "services:\n{}{}",
-        named("web", 3, "").replace("{replicas: 3}", "{mode: global}"),
-        named("ask", 3, "").replace("{replicas: 3}", "{mode: global}")
-    );
-    stage.deploy(0, "shop", &yaml)?;
-    let clients = containers(stage, "shop", "ask")?;
-    let (silent, address) = on_node(stage, "pi2")?;
-    let listener = netns::in_netns(&silent, || std::net::TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)))?;
-    let kept = thread::spawn(move || listener.incoming().take(4).flatten().collect::<Vec<_>>());
-    let target: SocketAddr = (address, PORT).into();
-    let limit = Duration::from_secs(5);
-    let connect = move || std::net::TcpStream::connect_timeout(&target, limit);
-    let mut waiting = Vec::new();
-    for (netns, _) in clients {
-        let stream = netns::in_netns(&netns, connect)?;
-        stream.set_read_timeout(Some(limit))?;
-        waiting.push((format!("a container's client at {}", netns.display()), stream));
-    }
-    let host = stage.lab.nodes[0].inside(connect)?;
-    host.set_read_timeout(Some(limit))?;
-    waiting.push(("a process of a node".into(), host));
-    let kept = kept.join().map_err(|_| anyhow::anyhow!("the listener panicked"))?;
-    ensure!(kept.len() == 4, "all four are connected");
-    let pid =
-        stage.rows(0, "shop")?.into_iter().find(|row| row.name.starts_with("shop/web.") && row.node == "pi2");
-    let pid = stage.pids(0, "shop")?[&pid.context("web runs on pi2")?.name];
-    let begin = Instant::now();
-    stage.kill_process(pid)?;
-    for (who, mut stream) in waiting {
-        use std::io::Read;
-        let error = stream.read(&mut [0]).err().with_context(|| format!("{who} got an answer"))?;
-        ensure!(error.kind() != std::io::ErrorKind::WouldBlock, "{who} still waits");
-    }
-    stage.note("a container was killed → everybody who waited for it knows", begin);
-    ensure!(begin.elapsed() < Duration::from_secs(1), "took {:?}", begin.elapsed());
     Ok(())
 }
 

@@ -322,8 +322,13 @@ pub fn throughout(what: &str, time: Duration, mut is_true: impl FnMut() -> Resul
 
 /// One GET in the network namespace of this thread: the body of a 200.
 pub fn http_here(address: SocketAddr) -> std::io::Result<String> {
-    let mut stream = TcpStream::connect_timeout(&address, HTTP_LIMIT)?;
-    stream.set_read_timeout(Some(HTTP_LIMIT))?;
+    http_within(address, HTTP_LIMIT)
+}
+
+/// The same, of a client that waits as long for a connection, and again for its answer.
+pub fn http_within(address: SocketAddr, limit: Duration) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect_timeout(&address, limit)?;
+    stream.set_read_timeout(Some(limit))?;
     stream.write_all(b"GET / HTTP/1.0\r\nhost: test\r\n\r\n")?;
     let mut text = String::new();
     stream.read_to_string(&mut text)?;

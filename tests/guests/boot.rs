@@ -158,7 +158,10 @@ fn pc(field: &mut Field) -> Result<()> {
     let founded = guest.type_line("pi1", "init")?;
     ensure!(founded.contains("tinydc join tdc-join-"), "{founded}");
     let report = guest.type_line("pi1", "report")?;
-    ensure!(!report.contains("FAILED") && !report.contains("problem:"), "{report}");
+    ensure!(
+        report.contains(" ok ") && !report.contains("FAILED") && !report.contains("problem:"),
+        "{report}"
+    );
     guest.type_last("reboot")?;
     guest.wait_off(Duration::from_secs(60))?;
 
@@ -173,6 +176,7 @@ fn pc(field: &mut Field) -> Result<()> {
 }
 
 fn wrong_settings(field: &mut Field) -> Result<()> {
+    field.serve_dhcp(10, 3600)?;
     let text = "name = \"pi1\"\n\naddress = \"192.168.1.5\"\n";
     let index = field.add(Setup::new(text))?;
     field.start(index)?;
@@ -187,7 +191,10 @@ fn wrong_settings(field: &mut Field) -> Result<()> {
     ensure!(screen.contains("tinydc.toml:3:"), "the screen shows the last problem: {screen}");
     field.remark(told);
     field.remark(name);
-    Ok(())
+    let address = field.address(11);
+    crate::field::until("the report by HTTP", Duration::from_secs(20), || {
+        Ok(field.http(address, 7480, "/")?.contains("FAILED settings  tinydc.toml:3:"))
+    })
 }
 
 fn no_data(field: &mut Field) -> Result<()> {

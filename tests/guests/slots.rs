@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 pub const CASES: &[Case] = &[Case {
     name: "slot-update",
-    proves: "node flash writes the other slot and keeps it when it is well; a slot that panics and one whose daemon does \
-             not answer are left again; identity and data stay",
+    proves: "node flash writes the other slot and keeps it when it is well; a slot that panics, one whose daemon does \
+             not answer and one without a network are left again; identity and data stay",
     run: slot_update,
 }];
 
@@ -77,6 +77,21 @@ fn slot_update(field: &mut Field) -> Result<()> {
     )?;
     field.start(0)?;
     field.guests[0].wait_said("back to the other slot", Duration::from_secs(60))?;
+    field.guests[0].wait_off(Duration::from_secs(90))?;
+
+    // Its kernel starts and its daemon answers, but the network's driver is missing: nobody could ever flash it again.
+    image::write_file(
+        &field.guests[0].disk,
+        2,
+        "cmdline.txt",
+        "console=ttyS0 quiet panic=5 tinydc.trial_ms=30000 module_blacklist=virtio_net\n",
+    )?;
+    image::write_file(&field.guests[0].disk, 1, "tryboot", "")?;
+    field.start(0)?;
+    field.guests[0].wait_ready()?;
+    let left = field.guests[0].wait_said("back to the other slot", Duration::from_secs(60))?;
+    ensure!(left.contains("gets no address"), "{left}");
+    field.remark(left);
     field.guests[0].wait_off(Duration::from_secs(90))?;
     start_and_ask(field)?;
     let node = field.guests[0].wait_member("pi1")?;

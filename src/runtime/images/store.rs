@@ -548,3 +548,25 @@ impl ImageStore {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn what_a_crash_left_half_done_goes_and_an_empty_folder_is_not_made_anew() {
+        let folder = std::env::temp_dir().join(format!("tinydc-store-{}", std::process::id()));
+        let temporary = folder.join("tmp");
+        let inode = || fs::metadata(&temporary).unwrap().ino();
+        ImageStore::open(&folder).unwrap();
+        let first = inode();
+        ImageStore::open(&folder).unwrap();
+        assert_eq!(inode(), first);
+        fs::create_dir(temporary.join("half")).unwrap();
+        fs::write(temporary.join("half/file"), "x").unwrap();
+        ImageStore::open(&folder).unwrap();
+        assert_eq!(fs::read_dir(&temporary).unwrap().count(), 0);
+        fs::remove_dir_all(&folder).unwrap();
+    }
+}
