@@ -279,8 +279,10 @@ fn by_code(field: &mut Field) -> Result<()> {
     field.guests[2].type_last("")?;
     field.guests[2].wait_for("looking for a cluster", Duration::from_secs(20))?;
     field.guests[2].wait_for("A cluster called home answers", Duration::from_secs(20))?;
-    ensure!(field.guests[2].type_line("pi3", "join")?.contains("belongs to no cluster"), "it founded one");
-    Ok(())
+    let said = field.guests[2].type_line("pi3", "join")?;
+    ensure!(said.contains("belongs to no cluster"), "it founded one");
+    field.laptop(&["node", "accept", &code_after(&said, "Its code:")?])?;
+    until("it is a member, too", Duration::from_secs(30), || Ok(nodes_up(field)? == 3))
 }
 
 const HUNGRY: &str = "\

@@ -315,7 +315,8 @@ impl Guest {
             if log.len() != length {
                 (length, since) = (log.len(), Instant::now());
             }
-            let answered = log[before..].split_once(env!("CARGO_PKG_VERSION"));
+            // As only the verb writes it.
+            let answered = log[before..].split_once(concat!("tinydc ", env!("CARGO_PKG_VERSION"), " ("));
             Ok(answered.is_some_and(|(_, rest)| rest.contains(&prompt)) && since.elapsed() > QUIET)
         })?;
         let begin = self.log().len();

@@ -60,6 +60,7 @@ fn main() -> ExitCode {
         eprintln!("no case is called {}; there are: {}", words.join(" or "), names.join(", "));
         return ExitCode::from(2);
     }
+    let begin = Instant::now();
     let lanes = lanes().min(wanted.len());
     println!("{} cases, {lanes} at a time", wanted.len());
     let waiting = Mutex::new(wanted.iter().copied());
@@ -81,7 +82,8 @@ fn main() -> ExitCode {
     if !failed.is_empty() {
         println!("\nfailed: {}", failed.join(", "));
     }
-    println!("\n{} passed, {} failed", wanted.len() - failed.len(), failed.len());
+    println!("\nin {} s", begin.elapsed().as_secs());
+    println!("{} passed, {} failed", wanted.len() - failed.len(), failed.len());
     if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
