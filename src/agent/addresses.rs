@@ -11,7 +11,7 @@ use crate::model::{Gather, NodeId};
 use crate::network::arp::{self, Ears};
 use crate::network::lan::{self, Interface};
 use crate::network::link;
-use crate::planner::addresses::{SUSPECTED_AFTER_MS, holder};
+use crate::planner::addresses::{SUSPECTED_AFTER_MS, holder, may_hold};
 use crate::replica::Handle;
 use crate::state::State;
 use std::collections::{BTreeMap, BTreeSet};
@@ -107,10 +107,10 @@ impl Keeper {
                 mask |= 1 << index;
             }
             let mut candidates = live_holders(&self.shared.hints, index, now);
-            candidates.retain(|node| {
-                state.nodes.find(node).is_some_and(|node| !node.is_drained && !node.is_leaving)
-            });
-            let stays = state.nodes.find(&self.node).is_some_and(|own| !own.is_drained && !own.is_leaving);
+            candidates.retain(|node| state.nodes.find(node).is_some_and(may_hold));
+            let is_alone = candidates.is_empty();
+            let own = state.nodes.find(&self.node);
+            let stays = own.is_some_and(|own| may_hold(own) || (own.is_ending && is_alone));
             if can_hold && stays {
                 candidates.insert(self.node);
             }

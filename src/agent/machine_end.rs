@@ -11,10 +11,14 @@ use crate::tasks::Launch;
 use async_executor::{Executor, Task};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 use tracing::{info, warn};
 
 /// In the run directory: for how many seconds a container may still be at its end.
 pub const GRACE_FILE: &str = "longest-grace";
+
+/// A machine that is to end does so: whatever its services ask for.
+const GRACE_MAX: Duration = Duration::from_secs(600);
 
 pub async fn stop_containers(
     ground: &Ground,
@@ -31,13 +35,14 @@ pub async fn stop_containers(
     let running = running.into_iter().filter(|container| is_running(&container.state));
     let ids: Vec<_> = running.filter_map(|container| instance_of(&container.id)).collect();
     info!(containers = ids.len(), "the machine ends");
-    let longest = ids.iter().map(|id| stop_of(state, *id).1).max().unwrap_or_default();
+    let longest = ids.iter().map(|id| stop_of(state, *id).1).max().unwrap_or_default().min(GRACE_MAX);
     // Who ends the machine waits as long; without the file, a minute.
     let _ = std::fs::write(run_dir.join(GRACE_FILE), longest.as_secs().to_string());
     let stops: Vec<Task<()>> = ids
         .into_iter()
         .map(|id| {
             let (signal, grace) = stop_of(state, id);
+            let grace = grace.min(GRACE_MAX);
             let runtime = ground.runtime.clone();
             executor.launch(async move {
                 let outcome = crate::tasks::unblock(move || {

@@ -38,7 +38,18 @@ pub(super) struct Placed<'a> {
 }
 
 pub(super) fn placed<'a>(view: &View<'a>) -> Vec<Placed<'a>> {
-    view.state.instances.rows().filter_map(|instance| place(view, instance)).collect()
+    let mut placed: Vec<Placed<'a>> =
+        view.state.instances.rows().filter_map(|instance| place(view, instance)).collect();
+    let is_ending = |one: &Placed<'_>| {
+        one.instance.node.and_then(|node| view.state.nodes.find(&node)).is_some_and(|node| node.is_ending)
+    };
+    let served: BTreeSet<ServiceId> =
+        placed.iter().filter(|one| one.is_endpoint && !is_ending(one)).map(|one| one.service.id).gather();
+    for one in placed.iter_mut().filter(|one| one.is_endpoint) {
+        // To the end it serves what nobody else does.
+        one.is_endpoint = !is_ending(one) || !served.contains(&one.service.id);
+    }
+    placed
 }
 
 pub fn plan(view: &View<'_>) -> Wiring {
@@ -62,8 +73,7 @@ fn place<'a>(view: &View<'a>, instance: &'a Instance) -> Option<Placed<'a>> {
     let (node, address) = (instance.node?, instance.address?);
     let service = view.state.services.find(&instance.service)?;
     let spec = service.spec_of(instance.spec_version);
-    let host = view.state.nodes.find(&node);
-    let is_up = host.is_some_and(|host| host.condition == Condition::Up);
+    let is_up = view.state.nodes.find(&node).is_some_and(|node| node.condition == Condition::Up);
     let is_heard = !view.silent.contains(&node) && !view.down.contains(&(node, instance.id));
     let is_alive = is_up && is_heard && instance.observed.phase.is_running();
     let is_ready = match instance.observed.phase {
@@ -71,8 +81,7 @@ fn place<'a>(view: &View<'a>, instance: &'a Instance) -> Option<Placed<'a>> {
         Phase::Running => !is_probed(spec),
         _ => false,
     };
-    let is_wanted = instance.desired == Desired::Run && !service.is_removed;
-    let is_endpoint = is_alive && is_ready && is_wanted && !host.is_some_and(|host| host.is_ending);
+    let is_endpoint = is_alive && is_ready && instance.desired == Desired::Run && !service.is_removed;
     Some(Placed { instance, service, spec, address, is_alive, is_endpoint })
 }
 
@@ -315,8 +324,9 @@ mod tests {
         let wiring = plan_of(&state, &[], &[]);
         assert_eq!(vip(&wiring, 1), [address(1, 11)]);
         assert!(wiring.alive.contains(&address(2, 12)));
+        assert_eq!(vip(&wiring, 2), [address(2, 13)], "nobody else serves it");
         state.nodes.update(&OWN, |node| node.is_ending = true);
-        assert!(vip(&plan_of(&state, &[], &[]), 1).is_empty());
+        assert_eq!(vip(&plan_of(&state, &[], &[]), 1).len(), 2);
     }
 
     #[test]

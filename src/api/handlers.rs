@@ -27,9 +27,9 @@ const OPENAPI: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/openapi.json.z"
 
 const TOKEN_VALID_SECONDS: u64 = 24 * 3600;
 const TOKEN_VALID_SECONDS_MAX: u64 = 365 * 24 * 3600;
-/// How often a follower of events looks.
 const ENCRYPTION_TOLD_LIMIT: Duration = Duration::from_secs(5);
 const ENCRYPTION_TOLD_EVERY: Duration = Duration::from_millis(100);
+/// How often a follower of events looks.
 const EVENTS_EVERY: Duration = Duration::from_millis(250);
 
 pub async fn handle(
@@ -406,18 +406,17 @@ pub async fn create_token(
 async fn refuse_if_some_cannot_encrypt(backend: &Backend) -> Result<(), ApiError> {
     let begin = Instant::now();
     loop {
-        let (ways, own) = (backend.ways.clone(), backend.node);
-        let obstacles = crate::tasks::unblock(move || ways.obstacles(own)).await;
-        let state = backend.replica.state();
+        let (ways, own, state) = (backend.ways.clone(), backend.node, backend.replica.state());
+        let known = state.clone();
+        let obstacles = crate::tasks::unblock(move || ways.obstacles(own, &known)).await;
         if let Some((node, reason)) = obstacles.first_key_value() {
             let name = state.node_name(*node);
             return Err(ApiError::rejected(format!("{name} can't encrypt: {reason}")).hint(
                 "load the module there (modprobe wireguard, or modprobe tun), restart tinydc on it, and set it again",
             ));
         }
-        let is_silent = |node: &&Node| {
-            node.condition == Condition::Up && node.id != own && !backend.ways.has_heard(node.id)
-        };
+        let is_silent =
+            |node: &&Node| node.condition == Condition::Up && node.id != own && !backend.ways.has_heard(node);
         let Some(silent) = state.nodes.rows().find(is_silent) else { return Ok(()) };
         if begin.elapsed() > ENCRYPTION_TOLD_LIMIT {
             let told = format!("{} has not told yet whether it can encrypt", silent.name);

@@ -8,6 +8,7 @@ use super::card;
 use super::disks::{self, Access, FileSystem, Volume};
 use super::partitions::{self, SECTOR};
 use super::phases::BOARD_FOLDER;
+use super::report;
 use super::slots::{self, Slots};
 use crate::runtime::images::decompress::decompress;
 use anyhow::{Context, Result, bail, ensure};
@@ -104,10 +105,12 @@ pub fn flash(source: &str, say: &dyn Fn(&str)) -> Result<()> {
     );
     check_board(&device)?;
     say(&format!("{} KiB differed and were written; the checksum holds", written >> 10));
+    let standing = fs::read_to_string(report::FILE).context("read how this board is")?;
     disks::with_mounted(&card, Access::ReadWrite, |folder| {
+        fs::write(folder.join(slots::STANDING_FILE), standing).context("note what the slot is to have")?;
         fs::write(folder.join(slots::TRY_FILE), b"").context("ask for one start from the other slot")
     })?;
-    say("restarting from the other slot; if its daemon does not answer, the board comes back to this one");
+    say("restarting from the other slot; if that is not well, the board comes back to this one");
     kill(Pid::from_raw(1), Signal::SIGUSR1).context("ask the first process to restart")
 }
 

@@ -1,7 +1,7 @@
 //! What became of the start: each phase with its time, each problem with its remedy; as text, for a screen and by HTTP.
 //!
-//! Input: outcomes and problems. Output: the report in `/run`, and on port 7480 while something is wrong: a board
-//! without a screen can be asked by any browser. A healthy board listens there to nobody.
+//! Input: outcomes and problems. Output: the report in `/run`, and on port 7480 while something is wrong and after a
+//! phase that failed: a board without a screen can be asked by any browser. A healthy board listens there to nobody.
 
 use std::fs;
 use std::io::{Read, Write};

@@ -50,6 +50,46 @@ impl Slots {
     }
 }
 
+/// On the first partition: what the board had when its other slot was written.
+pub const STANDING_FILE: &str = "trial.txt";
+pub const MEMBER: &str = "a member of a cluster";
+pub const ON_DISK: &str = "on disk";
+
+/// What a board has beside a daemon that answers. A slot on trial is to have what the board had before: a kernel that finds
+/// neither disk nor network makes one that answers itself, and nobody else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Standing {
+    pub has_data_disk: bool,
+    pub has_address: bool,
+    pub is_member: bool,
+}
+
+impl Standing {
+    /// From the report's lines.
+    pub fn parse(report: &str) -> Standing {
+        let value = |key: &str| report.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(": "));
+        Standing {
+            has_data_disk: value("data") == Some(ON_DISK),
+            // With its length.
+            has_address: value("address").is_some_and(|text| text.contains('/')),
+            is_member: value("daemon") == Some(MEMBER),
+        }
+    }
+
+    /// What is missing beside what there was.
+    pub fn lack(self, before: Standing) -> Option<&'static str> {
+        if before.has_data_disk && !self.has_data_disk {
+            Some("finds no disk for its data")
+        } else if before.has_address && !self.has_address {
+            Some("gets no address")
+        } else if before.is_member && !self.is_member {
+            Some("is no member of its cluster")
+        } else {
+            None
+        }
+    }
+}
+
 /// What a start from the slot on trial has come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
@@ -83,6 +123,24 @@ mod tests {
         {
             assert_eq!(Slots::parse(broken), None, "{broken}");
         }
+    }
+
+    #[test]
+    fn a_slot_lacks_what_the_board_had_before() {
+        let report = "name: pi1\naddress: eth0 10.0.0.5/24\ndaemon: a member of a cluster\ndata: on disk\n[   1.2] ok\n";
+        let before = Standing::parse(report);
+        assert_eq!(before, Standing { has_data_disk: true, has_address: true, is_member: true });
+        assert_eq!(before.lack(before), None);
+        let now = |from: &str, to: &str| Standing::parse(&report.replace(from, to)).lack(before);
+        assert_eq!(now("on disk", "IN MEMORY, lost at the next start"), Some("finds no disk for its data"));
+        assert_eq!(now("10.0.0.5/24", "no address yet"), Some("gets no address"));
+        assert_eq!(
+            now("a member of a cluster", "belongs to no cluster yet"),
+            Some("is no member of its cluster")
+        );
+        let bare = Standing { has_data_disk: false, has_address: false, is_member: false };
+        assert_eq!(before.lack(bare), None);
+        assert_eq!(bare.lack(bare), None);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::clock;
 use super::node_watch::{NodeWatch, Standing};
 use super::phases::{Board, DATA_DIR, DISKS_PHASE};
 use super::shutdown;
-use super::slots::Verdict;
+use super::slots::{self, Verdict};
 use super::trial::Trial;
 use crate::linux::clock::{boot_ms, is_synchronised};
 use crate::linux::machine::{self, Ending};
@@ -103,7 +103,8 @@ impl Supervisor {
             self.turn();
             self.wait();
             if self.is_trial_lost() {
-                let lack = self.trial_lack().unwrap_or("has no daemon that answered in time");
+                let lack = self.trial_lack().filter(|_| self.watch.standing.is_some());
+                let lack = lack.unwrap_or("has no daemon that answered in time");
                 self.board.console.say(&format!("this slot {lack}: back to the other slot"));
                 shutdown::end(self, Ending::Restart);
             }
@@ -135,15 +136,14 @@ impl Supervisor {
         self.board.report.answer();
     }
 
-    /// What a slot on trial must have beside a daemon that answers: a kernel that finds neither disk nor network makes a
-    /// board that answers itself, and nobody else.
+    /// What a slot on trial lacks beside a daemon that answers.
     fn trial_lack(&self) -> Option<&'static str> {
-        let has_address = self.board.network.as_ref().is_some_and(|network| network.has_address());
-        match (self.board.has_data_disk, has_address) {
-            (false, _) => Some("finds no disk for its data"),
-            (true, false) => Some("gets no address"),
-            (true, true) => None,
-        }
+        let now = slots::Standing {
+            has_data_disk: self.board.has_data_disk,
+            has_address: self.board.network.as_ref().is_some_and(|network| network.has_address()),
+            is_member: self.watch.standing == Some(Standing::Member),
+        };
+        self.trial.as_ref().and_then(|trial| trial.lack(now))
     }
 
     /// A slot on trial is kept once its daemon is steady, and left when its window ends.
@@ -408,12 +408,13 @@ impl Supervisor {
     fn tell(&mut self) {
         let addresses = self.board.network.as_ref().map(|network| network.addresses()).unwrap_or_default();
         let daemon = match self.watch.standing {
-            Some(Standing::Member) => "a member of a cluster",
+            Some(Standing::Member) => slots::MEMBER,
             Some(Standing::Unjoined) => "belongs to no cluster yet",
             None => "does not answer",
         };
         let clock = if is_synchronised() { "right" } else { "not checked yet" };
-        let data = if self.board.has_data_disk { "on disk" } else { "IN MEMORY, lost at the next start" };
+        let data =
+            if self.board.has_data_disk { slots::ON_DISK } else { "IN MEMORY, lost at the next start" };
         let mut standing = vec![
             format!("name: {}", self.board.name),
             format!("address: {}", addresses.join(", ")),

@@ -5,7 +5,7 @@
 
 use super::disks::{self, Access, Volume};
 use super::phases::Board;
-use super::slots::{self, Slots, Verdict};
+use super::slots::{self, Slots, Standing, Verdict};
 use anyhow::{Context, Result};
 use std::fs;
 use std::path::Path;
@@ -19,6 +19,7 @@ const WINDOW_WORD: &str = "tinydc.trial_ms=";
 pub struct Trial {
     card: Volume,
     slots: Slots,
+    before: Standing,
     window_ms: u64,
 }
 
@@ -33,12 +34,20 @@ impl Trial {
         let card = board.card.clone()?;
         let from = started_from(&board.words)?;
         let text = disks::with_mounted(&card, Access::ReadOnly, |folder| {
-            fs::read_to_string(folder.join(slots::FILE)).context("read the slots")
+            let standing = fs::read_to_string(folder.join(slots::STANDING_FILE)).unwrap_or_default();
+            let text = fs::read_to_string(folder.join(slots::FILE)).context("read the slots")?;
+            Ok((text, standing))
         });
-        let slots = Slots::parse(&text.ok()?)?;
+        let (text, standing) = text.ok()?;
+        let (slots, before) = (Slots::parse(&text)?, Standing::parse(&standing));
         let given = board.words.iter().find_map(|word| word.strip_prefix(WINDOW_WORD)?.parse().ok());
         let window_ms = given.unwrap_or(slots::WINDOW_MS);
-        (from == slots.trial).then_some(Trial { card, slots, window_ms })
+        (from == slots.trial).then_some(Trial { card, slots, before, window_ms })
+    }
+
+    /// What the board had before and has no more.
+    pub fn lack(&self, now: Standing) -> Option<&'static str> {
+        now.lack(self.before)
     }
 
     pub fn judge(&self, since_start_ms: u64, well_ms: Option<u64>) -> Verdict {

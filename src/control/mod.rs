@@ -313,9 +313,7 @@ impl Control {
         }
         let rows = self.state.addresses.rows().enumerate();
         rows.filter_map(|(index, row)| {
-            let stays = |node: &NodeId| {
-                self.state.nodes.find(node).is_some_and(|node| !node.is_drained && !node.is_leaving)
-            };
+            let stays = |node: &NodeId| self.state.nodes.find(node).is_some_and(planner::addresses::may_hold);
             let candidates = self.liveness.holders(index, now).into_iter().filter(stays).gather();
             let to = planner::addresses::holder(row.address, row.holder, &candidates)?;
             let command = Command::AssignAddress { address: row.address, epoch: row.epoch, to };

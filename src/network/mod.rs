@@ -369,11 +369,11 @@ impl Network {
         Ok((slot, key))
     }
 
-    /// Tunnels whose interface is gone; looked at often, so it only asks the kernel for their names.
     pub fn has_tunnels(&self) -> bool {
         !self.tunnels.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
     }
 
+    /// Tunnels whose interface is gone; looked at often, so it only asks the kernel for their names.
     pub fn lost_tunnels(&self) -> BTreeSet<Slot> {
         let tunnels = self.tunnels.lock().unwrap_or_else(PoisonError::into_inner);
         tunnels.iter().filter(|(_, tunnel)| !tunnel.is_alive()).map(|(slot, _)| *slot).collect()

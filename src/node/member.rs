@@ -113,6 +113,8 @@ pub(crate) async fn run(
         if stop == Stop::Machine {
             let (ground, run_dir, state) = (&backend.ground, config.run_dir(), backend.replica.state());
             machine_end::stop_containers(ground, &run_dir, &state, executor).await;
+            // Anew: the minute in which nothing moves is for the start that follows.
+            run.say_goodbye().await;
         }
     }
     if matches!(ended, Ended::Removed) {
@@ -409,9 +411,10 @@ impl<'a> Run<'a> {
     /// New connections go to other nodes before the containers here are stopped.
     async fn drain(&self) {
         let command = Command::NodeEnding { node: self.node, start_id: self.start_id };
-        if let Some(backend) = self.late.backend.get()
-            && matches!(peer::within(GOODBYE_LIMIT, backend.submit(None, command)).await, Some(Ok(_)))
-        {
+        let Some(backend) = self.late.backend.get() else { return };
+        let told = peer::within(GOODBYE_LIMIT, backend.submit(None, command)).await;
+        // One that takes long may be noted all the same; without a leader nobody hears of it.
+        if !matches!(told, Some(Err(_))) {
             async_io::Timer::after(DRAIN_PAUSE).await;
         }
     }

@@ -3,12 +3,17 @@
 //! Input: the holder by the state, the nodes that live and could hold it. Output: the holder to be. The leader and
 //! every node come to the same answer from the same facts, so that an address moves without waiting for an election.
 
-use crate::model::NodeId;
+use crate::model::{Node, NodeId};
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
 /// A holder silent for this long is suspected: its addresses move.
 pub const SUSPECTED_AFTER_MS: u64 = 1_500;
+
+/// Whether addresses are to be where others will be able to reach them in a moment, too.
+pub fn may_hold(node: &Node) -> bool {
+    !node.is_drained && !node.is_leaving && !node.is_ending
+}
 
 pub fn holder(address: Ipv4Addr, current: Option<NodeId>, candidates: &BTreeSet<NodeId>) -> Option<NodeId> {
     match current {

@@ -253,7 +253,6 @@ pub fn stopping(state: &mut State, id: NodeId, start_id: StartId) -> Outcome {
     Ok(Reply::Done)
 }
 
-/// Only for the run of the daemon that was found silent: a later start makes it void.
 /// New connections go elsewhere from now on; those that are open end with their containers.
 pub fn ending(state: &mut State, id: NodeId, start_id: StartId) -> Outcome {
     let node = state.existing_node(id)?;
@@ -269,6 +268,7 @@ pub fn ending(state: &mut State, id: NodeId, start_id: StartId) -> Outcome {
     Ok(Reply::Done)
 }
 
+/// Only for the run of the daemon that was found silent: a later start makes it void.
 pub fn mark_down(state: &mut State, id: NodeId, start_id: Option<StartId>) -> Outcome {
     let node = state.existing_node(id)?;
     if node.start_id != start_id || node.condition == Condition::Down {

@@ -137,7 +137,10 @@ fn machine_end(stage: &mut Stage) -> Result<()> {
     let asks = stage.rows(0, "shop")?.into_iter().find(|row| row.name.starts_with("shop/ask."));
     let asks = asks.context("ask runs")?.node;
     let (client, _) = containers(stage, "shop", "ask")?.into_iter().next().context("ask runs")?;
-    let victim = (0..3).rev().find(|index| format!("pi{}", index + 1) != asks).context("another node")?;
+    // The leader, unless the client is there.
+    let leader = stage.lab.leader()?;
+    let is_free = |index: &usize| format!("pi{}", index + 1) != asks;
+    let victim = [leader, 2, 1].into_iter().find(is_free).context("another node")?;
     let stop = Arc::new(AtomicBool::new(false));
     let running = load(client, (address, 8080).into(), 500, stop.clone());
     thread::sleep(Duration::from_secs(1));

@@ -76,7 +76,7 @@ fn slot_update(field: &mut Field) -> Result<()> {
         "console=ttyS0 quiet panic=5 tinydc.trial_ms=1\n",
     )?;
     field.start(0)?;
-    field.guests[0].wait_said("back to the other slot", Duration::from_secs(60))?;
+    field.guests[0].wait_said("has no daemon that answered in time: back", Duration::from_secs(60))?;
     field.guests[0].wait_off(Duration::from_secs(90))?;
 
     // Its kernel starts and its daemon answers, but the network's driver is missing: nobody could ever flash it again.

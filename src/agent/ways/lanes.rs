@@ -229,15 +229,15 @@ impl Lanes {
         present.iter().filter(|node| !has_changed(node)).copied().gather()
     }
 
-    /// Who can't encrypt, and why.
-    pub fn obstacles(&self) -> BTreeMap<NodeId, String> {
-        let of_peers = self.peers.iter();
+    /// Who can't encrypt, and why, as its present run has told.
+    pub fn obstacles(&self, is_present: &dyn Fn(NodeId, StartId) -> bool) -> BTreeMap<NodeId, String> {
+        let of_peers = self.peers.iter().filter(|(node, frame)| is_present(**node, frame.start_id));
         of_peers.filter_map(|(node, frame)| Some((*node, frame.obstacle.clone()?))).gather()
     }
 
-    /// Whether this peer has said anything yet, and with it whether it could encrypt.
-    pub fn has_heard(&self, node: NodeId) -> bool {
-        self.peers.contains_key(&node)
+    /// Whether this run of a peer has said anything yet, and with it whether it could encrypt.
+    pub fn has_heard(&self, node: NodeId, run: Option<StartId>) -> bool {
+        self.peers.get(&node).is_some_and(|frame| Some(frame.start_id) == run)
     }
 
     pub fn own_obstacle(&self) -> Option<&str> {
@@ -382,11 +382,14 @@ mod tests {
     #[test]
     fn a_peer_that_said_nothing_has_not_said_that_it_can() {
         let mut pair = Pair { one: Lanes::new(StartId(1)), ..Pair::in_clear() };
-        assert!(!pair.one.has_heard(TWO));
+        assert!(!pair.one.has_heard(TWO, Some(StartId(2))));
         pair.two.set_obstacle(Some("no WireGuard".into()));
         pair.two_tells();
-        assert!(pair.one.has_heard(TWO));
-        assert_eq!(pair.one.obstacles(), BTreeMap::from([(TWO, "no WireGuard".to_string())]));
+        assert!(pair.one.has_heard(TWO, Some(StartId(2))));
+        assert!(!pair.one.has_heard(TWO, Some(StartId(3))), "its next run may have another kernel");
+        let of = |run| pair.one.obstacles(&|node, told| node == TWO && told == StartId(run));
+        assert_eq!(of(2), BTreeMap::from([(TWO, "no WireGuard".to_string())]));
+        assert!(of(3).is_empty());
     }
 
     #[test]

@@ -84,9 +84,9 @@ impl Ways {
         }
     }
 
-    /// Whether this peer has said yet if it could encrypt.
-    pub fn has_heard(&self, node: NodeId) -> bool {
-        lock(&self.lanes).has_heard(node)
+    /// Whether this node, in its present run, has said yet if it could encrypt.
+    pub fn has_heard(&self, node: &Node) -> bool {
+        lock(&self.lanes).has_heard(node.id, node.start_id)
     }
 
     pub fn view(&self) -> WaysView {
@@ -94,10 +94,12 @@ impl Ways {
     }
 
     /// Nodes that can't encrypt, with the reason; `own` is this one. Blocks when it is asked for the first time.
-    pub fn obstacles(&self, own: NodeId) -> BTreeMap<NodeId, String> {
+    pub fn obstacles(&self, own: NodeId, state: &State) -> BTreeMap<NodeId, String> {
         self.try_encryption();
         let lanes = lock(&self.lanes);
-        let mut found = lanes.obstacles();
+        let is_present =
+            |node: NodeId, run: StartId| state.nodes.find(&node).is_some_and(|row| row.start_id == Some(run));
+        let mut found = lanes.obstacles(&is_present);
         found.extend(lanes.own_obstacle().map(|text| (own, text.to_owned())));
         found
     }
