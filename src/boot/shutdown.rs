@@ -39,9 +39,8 @@ pub fn end(mut supervisor: Supervisor, ending: Ending) -> ! {
         // Gone already is what is wanted.
         let _ = kill(Pid::from_raw(pid), MACHINE_ENDS);
         let begin = boot_ms();
-        let is_over =
-            |begin_ms: u64| boot_ms() - begin_ms > DAEMON_LIMIT_MS.max(longest_grace_ms() + DAEMON_REST_MS);
-        await_that(&mut supervisor, u64::MAX, |supervisor| supervisor.node.pid().is_none() || is_over(begin));
+        let is_over = || boot_ms() - begin > DAEMON_LIMIT_MS.max(longest_grace_ms() + DAEMON_REST_MS);
+        await_that(&mut supervisor, u64::MAX, |supervisor| supervisor.node.pid().is_none() || is_over());
     }
     if let Some(network) = &mut supervisor.board.network {
         network.release(boot_ms());

@@ -7,6 +7,7 @@
 
 use super::lab;
 use super::terminal;
+use super::verbs::health_text;
 use crate::boot;
 use crate::node::CLUSTER_NAME;
 use crate::transport::pending::{Neighbours, find_cluster};
@@ -273,8 +274,8 @@ fn screen(facts: &Facts) -> String {
                 "instances",
                 &format!("{here} here; {} of {} run in the cluster", sum("running"), sum("wanted")),
             );
-            if let Some(own) = own {
-                row("health", &health(own));
+            if let Some(own) = own.and_then(|own| serde_json::from_value(own.clone()).ok()) {
+                row("health", &health_text(&own));
             }
         }
         None if joining.is_some() => row("cluster", "none yet"),
@@ -306,17 +307,6 @@ fn screen(facts: &Facts) -> String {
     let enter = if facts.waits_for_cluster() { "" } else { "Enter draws this anew; " };
     row("", &format!("{enter}help lists what can be typed"));
     text
-}
-
-/// As `status` tells it.
-fn health(node: &Value) -> String {
-    let troubles = node["troubles"].as_array().into_iter().flatten().filter_map(Value::as_str);
-    let mut words: Vec<String> = troubles.map(|trouble| trouble.replace('_', " ")).collect();
-    if words.is_empty() {
-        words.push("good".into());
-    }
-    words.extend(node["temperature_celsius"].as_i64().map(|celsius| format!("{celsius} °C")));
-    words.join(", ")
 }
 
 /// In lines that fit beside its name.

@@ -20,7 +20,8 @@ use tinydc::linux::{netns, packet};
 pub const CASES: &[Case] = &[Case {
     name: "wireguard",
     proves: "with encrypt two boards talk through their kernels' WireGuard: a connection between containers goes on while it \
-             is switched on, given new keys and switched off, and the LAN carries nothing of it in clear; a board whose kernel has none is named",
+             is switched on, given new keys and switched off, and the LAN carries nothing of it in clear; a board whose \
+             kernel has none is named",
     run: wireguard,
 }];
 

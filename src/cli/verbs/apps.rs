@@ -239,14 +239,21 @@ pub fn lasts(days: u64) -> String {
 }
 
 fn health(node: &NodeBody) -> Cell {
-    let mut parts: Vec<String> =
-        node.temperature_celsius.map(|celsius| format!("{celsius} °C")).into_iter().collect();
-    parts.extend(node.troubles.iter().map(|code| code.replace('_', " ")));
-    match (parts.is_empty(), node.troubles.is_empty()) {
-        (true, _) => "good".into(),
-        (false, true) => format!("good, {}", parts.join(", ")).into(),
-        (false, false) => Cell::coloured(parts.join(", "), Colour::Yellow),
+    match node.troubles.is_empty() {
+        true => health_text(node).into(),
+        false => Cell::coloured(health_text(node), Colour::Yellow),
     }
+}
+
+/// Its temperature and its troubles, or that there are none.
+pub fn health_text(node: &NodeBody) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    if node.troubles.is_empty() {
+        parts.push("good".into());
+    }
+    parts.extend(node.temperature_celsius.map(|celsius| format!("{celsius} °C")));
+    parts.extend(node.troubles.iter().map(|code| code.replace('_', " ")));
+    parts.join(", ")
 }
 
 pub fn node_table(nodes: &[NodeBody]) -> Table {

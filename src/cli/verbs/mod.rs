@@ -19,6 +19,7 @@ mod scale;
 mod secret;
 mod settings;
 
+pub use apps::health_text;
 use argh::FromArgs;
 use nix::sys::signal::Signal;
 
