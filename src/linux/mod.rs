@@ -14,3 +14,5 @@ pub mod packet;
 pub mod process;
 pub mod socket;
 pub mod tun;
+#[cfg(all(target_env = "musl", panic = "abort"))]
+mod unwind;
