@@ -57,7 +57,7 @@ pub struct Conversation {
     pub asked: SocketAddrV4,
 }
 
-/// The established TCP connections that `endpoint` answers. The kernel filters if it can (5.8 or later).
+/// The open TCP connections that `endpoint` answers. The kernel filters if it can (5.8 or later).
 pub fn conversations(socket: &Socket, endpoint: Ipv4Addr) -> io::Result<Vec<Conversation>> {
     let mut batch = Batch::new();
     batch.message(GET, DUMP, &HEADER);
@@ -65,19 +65,22 @@ pub fn conversations(socket: &Socket, endpoint: Ipv4Addr) -> io::Result<Vec<Conv
     let mut found = Vec::new();
     socket.dump(&batch, &mut |message| {
         let body = message.get(4..).unwrap_or_default();
-        if reply_source(body) == Some(endpoint) && is_established(body) {
+        if reply_source(body) == Some(endpoint) && is_open(body) {
             found.extend(conversation(body));
         }
     })?;
     Ok(found)
 }
 
+/// From its first packet on until both sides have ended it. One that is still being opened counts: what the endpoint's
+/// kernel answers goes unrecognised once the connection is forgotten, and its client would ask again after a second.
 /// Thousands that have ended are still tracked for a while.
-fn is_established(body: &[u8]) -> bool {
-    const ESTABLISHED: u8 = 3;
+fn is_open(body: &[u8]) -> bool {
+    const SYN_SENT: u8 = 1;
+    const CLOSE_WAIT: u8 = 5;
     let state =
         part(body, PROTOCOL_INFO).and_then(|info| part(info, TCP_INFO)).and_then(|tcp| part(tcp, TCP_STATE));
-    state == Some([ESTABLISHED].as_slice())
+    matches!(state, Some([SYN_SENT..=CLOSE_WAIT]))
 }
 
 fn conversation(body: &[u8]) -> Option<Conversation> {

@@ -54,8 +54,10 @@ fn request(conversation: &Conversation, is_mapped: bool) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::socket;
     use std::io::Read;
     use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+    use std::os::fd::AsRawFd;
     use std::time::Duration;
 
     fn v4(address: SocketAddr) -> SocketAddrV4 {
@@ -81,5 +83,23 @@ mod tests {
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionAborted, "{error}");
         stays.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
         assert_eq!(stays.read(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_client_that_is_still_connecting_is_told_too() {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        // A queue of one: further clients get no answer.
+        socket::listen(&listener, socket::Backlog::new(0).unwrap()).unwrap();
+        let at = v4(listener.local_addr().unwrap());
+        let _fills = TcpStream::connect(at).unwrap();
+        let flags = socket::SockFlag::SOCK_NONBLOCK | socket::SockFlag::SOCK_CLOEXEC;
+        let client =
+            socket::socket(socket::AddressFamily::Inet, socket::SockType::Stream, flags, None).unwrap();
+        let outcome = socket::connect(client.as_raw_fd(), &socket::SockaddrIn::from(at));
+        assert_eq!(outcome, Err(nix::errno::Errno::EINPROGRESS));
+        let client = TcpStream::from(client);
+        reset(&[Conversation { client: v4(client.local_addr().unwrap()), asked: at }]).unwrap();
+        let error = client.take_error().unwrap().expect("it is reset");
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionAborted, "{error}");
     }
 }
