@@ -51,7 +51,9 @@ pub fn ingress() -> Result<Vec<Row>> {
             true => ["ingress: HTTPS requests/s", "ingress: HTTPS requests per CPU second"],
         };
         rows.push(Row::new(names[0], ours.0, "1/s").beside(Some(("nginx", theirs.0))));
+        rows.push(Row::new(names[0], ours.0 / theirs.0, "× nginx"));
         rows.push(Row::new(names[1], ours.1, "1/CPU s").beside(Some(("nginx", theirs.1))));
+        rows.push(Row::new(names[1], ours.1 / theirs.1, "× nginx"));
     }
     Ok(rows)
 }

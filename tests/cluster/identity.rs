@@ -236,11 +236,15 @@ fn leave(stage: &mut Stage) -> Result<()> {
     ensure!(path.join("volumes/ledger/data").exists(), "its volume stays");
     let still = stage.lab.tags();
     let tag = tags.into_iter().find(|tag| !still.contains(tag)).context("pi4 had a tag")?;
-    until("no table, link or cgroup of it is left", Duration::from_secs(5), || {
-        let links = stage.lab.nodes[3]
-            .inside(|| Command::new("sh").args(["-c", "ip -o link; nft list tables"]).output())?;
-        let text = String::from_utf8_lossy(&links.stdout).into_owned();
-        ensure!(!text.contains("tdc") && !text.contains("tinydc"), "{text}");
+    until("no rule, link, route or cgroup of it is left", Duration::from_secs(5), || {
+        const ALL: &str = "nft list ruleset && ip -o link && ip rule && ip route show table all";
+        let asked = stage.lab.nodes[3].inside(|| Command::new("sh").args(["-c", ALL]).output())?;
+        let text = String::from_utf8_lossy(&asked.stdout).into_owned();
+        ensure!(asked.status.success() && text.contains("eth0"), "{asked:?}");
+        // Its links are called tdc0, tdx0, tdv-…, tdw-…; the ranges are those of containers and services.
+        for trace in ["tinydc", " td", "10.77.", "10.78."] {
+            ensure!(!text.contains(trace), "{trace}: {text}");
+        }
         for setting in ["ip_forward", "conf/all/send_redirects", "conf/all/route_localnet"] {
             // What a new namespace begins with.
             let path = Path::new("/proc/sys/net/ipv4").join(setting);

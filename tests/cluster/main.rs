@@ -27,6 +27,7 @@ mod registry;
 mod renumber;
 mod secrets;
 mod stage;
+mod traffic;
 mod updates;
 mod watcher;
 
@@ -50,6 +51,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     updates::SCENARIOS,
     crashes::SCENARIOS,
     network::SCENARIOS,
+    traffic::SCENARIOS,
     deaths::SCENARIOS,
     encryption::SCENARIOS,
     names::SCENARIOS,

@@ -465,7 +465,7 @@ fn floating_address(stage: &mut Stage) -> Result<()> {
 }
 
 /// Which machine has the address on its interface.
-fn holder(stage: &Stage, address: Ipv4Addr) -> Result<String> {
+pub(crate) fn holder(stage: &Stage, address: Ipv4Addr) -> Result<String> {
     for node in stage.lab.nodes.iter().filter(|node| node.is_running()) {
         let has = node.inside(|| {
             let mut all = tinydc::network::lan::interfaces()?.into_iter();

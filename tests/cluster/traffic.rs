@@ -1,0 +1,449 @@
+//! What services, clients and neighbours on the LAN see of each other: who asks, datagrams, stock clients of HTTP, an
+//! address that is held without a leader; and that addresses outlive a restart of everything.
+
+use super::Scenario;
+use super::network::{ask_from, containers, holder, named, vip};
+use super::stage::{Stage, throughout, until, web};
+use anyhow::{Context, Result, ensure};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+use tinydc::linux::netns;
+use tinydc::network::arp::{self, Ears};
+use tinydc::network::{lan, link, netlink};
+
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario {
+        name: "sources-and-datagrams",
+        proves: "a service sees the address of the container that asks, on its node and on others; datagrams to its address \
+                 are balanced, answered from there, sent on when their endpoint goes, and refused at once when none is left",
+        machines: 3,
+        run: sources_and_datagrams,
+    },
+    Scenario {
+        name: "restart-of-all",
+        proves: "after all nodes lost power at once, and the kernel's rules with it, services have the addresses and names \
+                 that they had",
+        machines: 3,
+        run: restart_of_all,
+    },
+    Scenario {
+        name: "address-alone",
+        proves: "a node without a leader keeps the LAN address, defends it by ARP, yields to a claim that repeats, and has it \
+                 again when the other is gone",
+        machines: 3,
+        run: address_alone,
+    },
+    Scenario {
+        name: "http-clients",
+        proves: "stock clients through an HTTP route: WebSockets in clear and by TLS, a body over its limit is a 413 whichever \
+                 way it is sent, the client's address is told on, and a route to nobody has a readable page",
+        machines: 2,
+        run: http_clients,
+    },
+];
+
+const PORT: u16 = 9_100;
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// Says to whoever asks, by TCP and UDP, which endpoint answers and whom it sees.
+struct Mirror {
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Mirror {
+    fn start(containers: &[(PathBuf, Ipv4Addr)]) -> Result<Mirror> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut threads = Vec::new();
+        for (netns, own) in containers {
+            let own = *own;
+            let (listener, socket) = netns::in_netns(netns, || {
+                let any = (Ipv4Addr::UNSPECIFIED, PORT);
+                Ok((TcpListener::bind(any)?, UdpSocket::bind(any)?))
+            })?;
+            listener.set_nonblocking(true)?;
+            socket.set_read_timeout(Some(Duration::from_millis(20)))?;
+            let flag = stop.clone();
+            threads.push(thread::spawn(move || {
+                while !flag.load(Ordering::Relaxed) {
+                    match listener.accept() {
+                        // A client that went away has failed for its own reason.
+                        Ok((mut stream, peer)) => {
+                            let _ = write!(stream, "{own} {}", peer.ip());
+                        }
+                        Err(_) => thread::sleep(Duration::from_millis(1)),
+                    }
+                }
+            }));
+            let flag = stop.clone();
+            threads.push(thread::spawn(move || {
+                let mut buffer = [0; 16];
+                while !flag.load(Ordering::Relaxed) {
+                    if let Ok((_, peer)) = socket.recv_from(&mut buffer) {
+                        let _ = socket.send_to(format!("{own} {}", peer.ip()).as_bytes(), peer);
+                    }
+                }
+            }));
+        }
+        Ok(Mirror { stop, threads })
+    }
+}
+
+impl Drop for Mirror {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            // It has told of its panic already.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Who answered, and whom it saw.
+fn seen(text: &[u8]) -> std::io::Result<(Ipv4Addr, Ipv4Addr)> {
+    let text = String::from_utf8_lossy(text).into_owned();
+    let parts = text.split_once(' ').and_then(|(own, peer)| Some((own.parse().ok()?, peer.parse().ok()?)));
+    parts.ok_or_else(|| std::io::Error::other(format!("not an answer: {text:?}")))
+}
+
+fn by_tcp(at: SocketAddr) -> std::io::Result<(Ipv4Addr, Ipv4Addr)> {
+    let mut stream = TcpStream::connect_timeout(&at, LIMIT)?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    let mut text = Vec::new();
+    stream.read_to_end(&mut text)?;
+    seen(&text)
+}
+
+/// A socket that hears only what comes from there.
+fn datagrams(at: SocketAddr) -> std::io::Result<UdpSocket> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    socket.connect(at)?;
+    socket.set_read_timeout(Some(Duration::from_millis(300)))?;
+    Ok(socket)
+}
+
+fn by_udp(socket: &UdpSocket) -> std::io::Result<(Ipv4Addr, Ipv4Addr)> {
+    socket.send(b"who?")?;
+    let mut buffer = [0; 64];
+    let length = socket.recv(&mut buffer)?;
+    seen(&buffer[..length])
+}
+
+fn sources_and_datagrams(stage: &mut Stage) -> Result<()> {
+    const ASKED: usize = 60;
+    stage.form(3)?;
+    let everywhere = named("ask", 3, "").replace("{replicas: 3}", "{mode: global}");
+    stage.deploy(0, "shop", &format!("services:\n{}{everywhere}", named("web", 3, "")))?;
+    let at: SocketAddr = (vip(stage, 0, "shop", "web")?, PORT).into();
+    let servers = containers(stage, "shop", "web")?;
+    let endpoints: BTreeSet<Ipv4Addr> = servers.iter().map(|(_, address)| *address).collect();
+    ensure!(endpoints.len() == 3, "{endpoints:?}");
+    let _mirror = Mirror::start(&servers)?;
+    let clients = containers(stage, "shop", "ask")?;
+    for (client, own) in &clients {
+        let (tcp, udp) = netns::in_netns(client, || {
+            let tcp: Vec<_> = (0..ASKED).map(|_| by_tcp(at)).collect::<std::io::Result<_>>()?;
+            let udp = (0..ASKED).map(|_| by_udp(&datagrams(at)?)).collect::<std::io::Result<_>>()?;
+            Ok((tcp, udp))
+        })
+        .with_context(|| format!("ask from {own}"))?;
+        for (how, answers) in [("TCP", tcp), ("UDP", udp)] {
+            let answers: Vec<(Ipv4Addr, Ipv4Addr)> = answers;
+            let mut shares: BTreeMap<Ipv4Addr, usize> = BTreeMap::new();
+            for (server, client) in &answers {
+                ensure!(client == own, "{how}: {server} sees {client}, not {own}");
+                *shares.entry(*server).or_default() += 1;
+            }
+            let is_even = shares.keys().copied().eq(endpoints.iter().copied())
+                && shares.values().all(|share| *share >= ASKED / 6);
+            ensure!(is_even, "{how}: not balanced: {shares:?}");
+        }
+    }
+    // One socket, so one conversation: it must not stick to an endpoint that goes.
+    let (client, _) = clients.first().context("ask runs")?;
+    let sockets =
+        netns::in_netns(client, || (0..12).map(|_| datagrams(at)).collect::<std::io::Result<Vec<_>>>())?;
+    for socket in &sockets {
+        by_udp(socket)?;
+    }
+    stage.cli(0, &["scale", "shop/web=1"])?;
+    let left: BTreeSet<Ipv4Addr> =
+        containers(stage, "shop", "web")?.into_iter().map(|(_, address)| address).collect();
+    ensure!(left.len() == 1, "one is left: {left:?}");
+    for socket in &sockets {
+        until("a conversation goes on with the endpoint that is left", LIMIT, || {
+            Ok(by_udp(socket).is_ok_and(|(server, _)| left.contains(&server)))
+        })?;
+    }
+    stage.cli(0, &["scale", "shop/web=0"])?;
+    until("the last is gone", LIMIT, || Ok(containers(stage, "shop", "web")?.is_empty()))?;
+    let begin = Instant::now();
+    let socket = netns::in_netns(client, || datagrams(at))?;
+    let refused = by_udp(&socket).err().context("nothing answers")?;
+    ensure!(refused.kind() == std::io::ErrorKind::ConnectionRefused, "refused, not {refused}");
+    ensure!(begin.elapsed() < Duration::from_millis(100), "at once, not after {:?}", begin.elapsed());
+    Ok(())
+}
+
+fn restart_of_all(stage: &mut Stage) -> Result<()> {
+    stage.form(3)?;
+    let services = ["web", "api", "ask"];
+    let yaml: String = services.iter().map(|name| named(name, 1, "")).collect();
+    stage.deploy(0, "shop", &format!("services:\n{yaml}"))?;
+    let addresses = |stage: &Stage, index: usize| -> Result<Vec<Ipv4Addr>> {
+        services.iter().map(|name| vip(stage, index, "shop", name)).collect()
+    };
+    let before = addresses(stage, 0)?;
+    for index in 0..3 {
+        stage.lab.kill_node(index)?;
+    }
+    for node in &stage.lab.nodes {
+        let flushed = node.inside(|| Command::new("nft").args(["flush", "ruleset"]).status())?;
+        ensure!(flushed.success(), "nft flushes the rules");
+    }
+    let begin = Instant::now();
+    for index in 0..3 {
+        let number = stage.lab.nodes[index].number;
+        stage.lab.lan.mend(number)?;
+        stage.lab.nodes[index].start()?;
+    }
+    stage.wait_up(0, "shop", 3, Duration::from_secs(30))?;
+    stage.note("all switched on → all services run", begin);
+    for index in 0..3 {
+        let after = addresses(stage, index)?;
+        ensure!(after == before, "{} has {after:?}, before {before:?}", stage.lab.nodes[index].name);
+    }
+    let (client, _) = containers(stage, "shop", "ask")?.into_iter().next().context("ask runs")?;
+    for (name, address) in services.iter().zip(&before) {
+        until(&format!("{name} answers at {address}"), LIMIT, || {
+            Ok(ask_from(&client, (*address, 8080))?.contains("hello from"))
+        })?;
+    }
+    let asked = stage.cli(0, &["exec", "shop/ask", "wget", "-q", "-O", "-", "http://web.shop:8080/"])?;
+    ensure!(asked.contains("hello from"), "by name: {asked}");
+    Ok(())
+}
+
+fn address_alone(stage: &mut Stage) -> Result<()> {
+    stage.form(3)?;
+    stage.deploy(0, "shop", &web(8080, 3, "a"))?;
+    let address = stage.lab.lan.address(100);
+    stage.cli(0, &["address", "add", &address.to_string()])?;
+    stage.wait_http(address, 8080, "hello from a", Duration::from_secs(5))?;
+    let name = holder(stage, address)?;
+    let others: Vec<usize> = (0..3).filter(|index| stage.lab.nodes[*index].name != name).collect();
+    for index in &others {
+        stage.lab.nodes[*index].kill_daemon()?;
+    }
+    throughout("the address answers without a leader", Duration::from_secs(5), || {
+        Ok(stage.http(address, 8080)?.contains("hello from a") && holder(stage, address)? == name)
+    })?;
+
+    // A neighbour claims it.
+    let claim = || {
+        let interfaces = lan::interfaces()?;
+        let own = lan::interface_for(address, &interfaces);
+        let own = own.ok_or_else(|| std::io::Error::other("no interface on the LAN"))?;
+        let mut ears = Ears::open(own)?;
+        arp::announce(own, address)?;
+        let begin = Instant::now();
+        let mut is_defended = false;
+        while !is_defended && begin.elapsed() < Duration::from_secs(1) {
+            thread::sleep(Duration::from_millis(5));
+            is_defended =
+                ears.claims().iter().any(|claim| claim.sender == address && claim.target == address);
+        }
+        Ok((is_defended, begin.elapsed(), arp::text_of(own.hardware)))
+    };
+    let lan = stage.lab.lan.netns.clone();
+    let (is_defended, after, neighbour) = netns::in_netns(&lan, claim)?;
+    ensure!(is_defended, "the holder says by ARP that the address is its own");
+    stage.remark(format!("claimed by a neighbour → defended: {} ms", after.as_millis()));
+    ensure!(holder(stage, address)? == name, "and keeps it");
+
+    // And stays: it has it, and claims it again.
+    let has = move |is_added: bool| {
+        let socket = netlink::Socket::route()?;
+        let bridge = lan::interfaces()?.into_iter().find(|one| one.prefix_length == 24).map(|one| one.index);
+        let bridge = bridge.ok_or_else(|| std::io::Error::other("no interface on the LAN"))?;
+        match is_added {
+            true => link::add_address(&socket, bridge, address, 32),
+            false => link::delete_address(&socket, bridge, address, 32),
+        }
+    };
+    netns::in_netns(&lan, || has(true))?;
+    netns::in_netns(&lan, claim)?;
+    until("it yields", Duration::from_secs(2), || Ok(holder(stage, address).is_err()))?;
+    let index = stage.lab.nodes.iter().position(|node| node.name == name).context("the holder is a node")?;
+    throughout("it takes nothing that another machine has", Duration::from_secs(3), || {
+        Ok(holder(stage, address).is_err())
+    })?;
+    let shown = stage.cli(index, &["net"])?;
+    ensure!(
+        shown.contains(&address.to_string()) && shown.contains(&neighbour),
+        "net names the neighbour: {shown}"
+    );
+
+    netns::in_netns(&lan, || has(false))?;
+    let begin = Instant::now();
+    until("it has it again", Duration::from_secs(5), || Ok(holder(stage, address)? == name))?;
+    stage.note("the neighbour is gone → held again, still without a leader", begin);
+    for index in others {
+        stage.lab.nodes[index].start()?;
+    }
+    stage.wait_http(address, 8080, "hello from a", Duration::from_secs(10))?;
+    Ok(())
+}
+
+/// Echoes by WebSocket, and says to a plain GET whom it was told of.
+const ECHO: &str = r#"
+import asyncio, http, sys, websockets
+async def echo(socket):
+    async for message in socket:
+        await socket.send(message)
+async def plain(path, headers):
+    if "upgrade" not in headers.get("connection", "").lower():
+        told = " ".join("%s=%s" % (name, headers.get(name)) for name in ("x-forwarded-for", "x-forwarded-proto", "host"))
+        return http.HTTPStatus.OK, [], told.encode()
+async def main():
+    async with websockets.serve(echo, "0.0.0.0", int(sys.argv[1]), max_size=None, process_request=plain):
+        await asyncio.Future()
+asyncio.run(main())
+"#;
+/// Takes bodies to their end.
+const SINK: &str = r#"
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        if self.headers.get("transfer-encoding") == "chunked":
+            while size := int(self.rfile.readline() or "0", 16):
+                self.rfile.read(size + 2)
+            self.rfile.readline()
+        else:
+            self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(200)
+        self.end_headers()
+http.server.ThreadingHTTPServer(("0.0.0.0", int(sys.argv[1])), Handler).serve_forever()
+"#;
+const ECHO_CLIENT: &str = r#"
+import asyncio, ssl, sys, websockets
+async def main():
+    address, root = sys.argv[1:3]
+    for uri, port, tls in (("ws://ws.test/echo", 80, None), ("wss://ws.test/echo", 443, ssl.create_default_context(cafile=root))):
+        async with websockets.connect(uri, host=address, port=port, ssl=tls, server_hostname=tls and "ws.test", max_size=None) as socket:
+            for size in (0, 1, 125, 126, 65535, 65536, 1 << 20):
+                await socket.send(bytes(size))
+                assert await socket.recv() == bytes(size), size
+            await socket.send("a word")
+            assert await socket.recv() == "a word"
+            await (await socket.ping())
+        print(uri, "passed")
+asyncio.run(main())
+"#;
+
+/// A program that ends with the scenario.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail only for one that has ended.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn http_clients(stage: &mut Stage) -> Result<()> {
+    const ECHO_PORT: &str = "9300";
+    const SINK_PORT: &str = "9301";
+    stage.form(2)?;
+    let route = |host: &str, port: &str| {
+        format!(
+            "    labels:\n      tinydc.http.host: {host}\n      tinydc.http.port: \"{port}\"\n      tinydc.http.tls: cluster\n      \
+             tinydc.http.redirect: \"false\"\n      tinydc.http.body_max: 1m\n"
+        )
+    };
+    let echo = named("echo", 1, &route("ws.test", ECHO_PORT));
+    stage.deploy(
+        0,
+        "shop",
+        &format!("services:\n{echo}{}", named("sink", 1, &route("up.test", SINK_PORT))),
+    )?;
+    let root = stage.lab.dir.join("ca.pem");
+    std::fs::write(&root, stage.cli(0, &["ca"])?)?;
+    let python = |netns: &Path, words: &[&str]| -> Result<Child> {
+        let mut command = Command::new("/usr/bin/python3");
+        command.arg("-c").args(words).stdout(Stdio::piped()).stderr(Stdio::piped());
+        netns::in_netns(netns, || command.spawn())
+            .context("python3 with websockets is needed: apt-get install python3-websockets")
+    };
+    let serve = |stage: &Stage, service: &str, program: &str, port: &str| -> Result<Running> {
+        let (container, _) = containers(stage, "shop", service)?.into_iter().next().context("it runs")?;
+        Ok(Running(python(&container, &[program, port])?))
+    };
+    let server = serve(stage, "echo", ECHO, ECHO_PORT)?;
+    let _sink = serve(stage, "sink", SINK, SINK_PORT)?;
+    let lan = stage.lab.lan.netns.clone();
+    let curl = |address: Ipv4Addr, words: &[&str]| -> Result<Output> {
+        let to = format!("::{address}:");
+        let run = || Command::new("curl").args(["-sS", "-m", "5", "--connect-to", &to]).args(words).output();
+        Ok(netns::in_netns(&lan, run)?)
+    };
+    let text = |output: &Output| String::from_utf8_lossy(&output.stdout).into_owned();
+    let own = stage.lab.lan.address(254);
+    let root = root.display().to_string();
+    let body = |name: &str, bytes: usize| -> Result<String> {
+        let path = stage.lab.dir.join(name);
+        std::fs::write(&path, vec![7; bytes])?;
+        Ok(format!("@{}", path.display()))
+    };
+    let (small, big) = (body("small", 1 << 20)?, body("big", 2 << 20)?);
+    for node in &stage.lab.nodes {
+        for (scheme, url) in [("http", "http://ws.test/"), ("https", "https://ws.test/")] {
+            let wanted = format!("x-forwarded-for={own} x-forwarded-proto={scheme} host=ws.test");
+            until(&format!("{url} says {wanted} at {}", node.name), LIMIT, || {
+                Ok(text(&curl(node.address, &["--cacert", &root, url])?) == wanted)
+            })?;
+        }
+        let address = node.address.to_string();
+        let client = python(&lan, &[ECHO_CLIENT, &address, &root])?;
+        let output = client.wait_with_output()?;
+        let said = format!("{}{}", text(&output), String::from_utf8_lossy(&output.stderr));
+        ensure!(output.status.success() && said.matches("passed").count() == 2, "at {}: {said}", node.name);
+        for header in ["content-type: text/plain", "transfer-encoding: chunked"] {
+            for (body, wanted) in [(&small, "200"), (&big, "413")] {
+                let words = [
+                    "-o",
+                    "/dev/null",
+                    "-w",
+                    "%{http_code}",
+                    "-H",
+                    header,
+                    "--data-binary",
+                    body,
+                    "http://up.test/",
+                ];
+                let code = text(&curl(node.address, &words)?);
+                ensure!(code == wanted, "{header}, {body}: answered by {code}, not {wanted}");
+            }
+        }
+    }
+    drop(server);
+    let address = stage.lab.nodes[1].address;
+    let page = curl(address, &["-i", "http://ws.test/"])?;
+    let page = text(&page);
+    ensure!(
+        page.starts_with("HTTP/1.1 502") && page.contains("echo of app shop"),
+        "a page for people: {page}"
+    );
+    stage.cli(0, &["scale", "shop/echo=0"])?;
+    until("nobody serves it", LIMIT, || {
+        Ok(text(&curl(address, &["-i", "http://ws.test/"])?).starts_with("HTTP/1.1 503"))
+    })
+}
