@@ -15,6 +15,7 @@ mod encryption;
 mod faults;
 mod growth;
 mod hostile;
+mod http_clients;
 mod identity;
 mod joining;
 mod leftovers;
@@ -52,6 +53,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     crashes::SCENARIOS,
     network::SCENARIOS,
     traffic::SCENARIOS,
+    http_clients::SCENARIOS,
     deaths::SCENARIOS,
     encryption::SCENARIOS,
     names::SCENARIOS,

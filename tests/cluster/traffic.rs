@@ -1,5 +1,5 @@
-//! What services, clients and neighbours on the LAN see of each other: who asks, datagrams, stock clients of HTTP, an
-//! address that is held without a leader; and that addresses outlive a restart of everything.
+//! What services, clients and neighbours on the LAN see of each other: who asks, datagrams, an address that is held
+//! without a leader; and that addresses outlive a restart of everything.
 
 use super::Scenario;
 use super::network::{ask_from, containers, holder, named, vip};
@@ -8,8 +8,8 @@ use anyhow::{Context, Result, ensure};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -39,13 +39,6 @@ pub const SCENARIOS: &[Scenario] = &[
                  again when the other is gone",
         machines: 3,
         run: address_alone,
-    },
-    Scenario {
-        name: "http-clients",
-        proves: "stock clients through an HTTP route: WebSockets in clear and by TLS, a body over its limit is a 413 whichever \
-                 way it is sent, the client's address is told on, and a route to nobody has a readable page",
-        machines: 2,
-        run: http_clients,
     },
 ];
 
@@ -300,150 +293,4 @@ fn address_alone(stage: &mut Stage) -> Result<()> {
     }
     stage.wait_http(address, 8080, "hello from a", Duration::from_secs(10))?;
     Ok(())
-}
-
-/// Echoes by WebSocket, and says to a plain GET whom it was told of.
-const ECHO: &str = r#"
-import asyncio, http, sys, websockets
-async def echo(socket):
-    async for message in socket:
-        await socket.send(message)
-async def plain(path, headers):
-    if "upgrade" not in headers.get("connection", "").lower():
-        told = " ".join("%s=%s" % (name, headers.get(name)) for name in ("x-forwarded-for", "x-forwarded-proto", "host"))
-        return http.HTTPStatus.OK, [], told.encode()
-async def main():
-    async with websockets.serve(echo, "0.0.0.0", int(sys.argv[1]), max_size=None, process_request=plain):
-        await asyncio.Future()
-asyncio.run(main())
-"#;
-/// Takes bodies to their end.
-const SINK: &str = r#"
-import http.server, sys
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        if self.headers.get("transfer-encoding") == "chunked":
-            while size := int(self.rfile.readline() or "0", 16):
-                self.rfile.read(size + 2)
-            self.rfile.readline()
-        else:
-            self.rfile.read(int(self.headers["content-length"]))
-        self.send_response(200)
-        self.end_headers()
-http.server.ThreadingHTTPServer(("0.0.0.0", int(sys.argv[1])), Handler).serve_forever()
-"#;
-const ECHO_CLIENT: &str = r#"
-import asyncio, ssl, sys, websockets
-async def main():
-    address, root = sys.argv[1:3]
-    for uri, port, tls in (("ws://ws.test/echo", 80, None), ("wss://ws.test/echo", 443, ssl.create_default_context(cafile=root))):
-        async with websockets.connect(uri, host=address, port=port, ssl=tls, server_hostname=tls and "ws.test", max_size=None) as socket:
-            for size in (0, 1, 125, 126, 65535, 65536, 1 << 20):
-                await socket.send(bytes(size))
-                assert await socket.recv() == bytes(size), size
-            await socket.send("a word")
-            assert await socket.recv() == "a word"
-            await (await socket.ping())
-        print(uri, "passed")
-asyncio.run(main())
-"#;
-
-/// A program that ends with the scenario.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Both fail only for one that has ended.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn http_clients(stage: &mut Stage) -> Result<()> {
-    const ECHO_PORT: &str = "9300";
-    const SINK_PORT: &str = "9301";
-    stage.form(2)?;
-    let route = |host: &str, port: &str| {
-        format!(
-            "    labels:\n      tinydc.http.host: {host}\n      tinydc.http.port: \"{port}\"\n      tinydc.http.tls: cluster\n      \
-             tinydc.http.redirect: \"false\"\n      tinydc.http.body_max: 1m\n"
-        )
-    };
-    let echo = named("echo", 1, &route("ws.test", ECHO_PORT));
-    stage.deploy(
-        0,
-        "shop",
-        &format!("services:\n{echo}{}", named("sink", 1, &route("up.test", SINK_PORT))),
-    )?;
-    let root = stage.lab.dir.join("ca.pem");
-    std::fs::write(&root, stage.cli(0, &["ca"])?)?;
-    let python = |netns: &Path, words: &[&str]| -> Result<Child> {
-        let mut command = Command::new("/usr/bin/python3");
-        command.arg("-c").args(words).stdout(Stdio::piped()).stderr(Stdio::piped());
-        netns::in_netns(netns, || command.spawn())
-            .context("python3 with websockets is needed: apt-get install python3-websockets")
-    };
-    let serve = |stage: &Stage, service: &str, program: &str, port: &str| -> Result<Running> {
-        let (container, _) = containers(stage, "shop", service)?.into_iter().next().context("it runs")?;
-        Ok(Running(python(&container, &[program, port])?))
-    };
-    let server = serve(stage, "echo", ECHO, ECHO_PORT)?;
-    let _sink = serve(stage, "sink", SINK, SINK_PORT)?;
-    let lan = stage.lab.lan.netns.clone();
-    let curl = |address: Ipv4Addr, words: &[&str]| -> Result<Output> {
-        let to = format!("::{address}:");
-        let run = || Command::new("curl").args(["-sS", "-m", "5", "--connect-to", &to]).args(words).output();
-        Ok(netns::in_netns(&lan, run)?)
-    };
-    let text = |output: &Output| String::from_utf8_lossy(&output.stdout).into_owned();
-    let own = stage.lab.lan.address(254);
-    let root = root.display().to_string();
-    let body = |name: &str, bytes: usize| -> Result<String> {
-        let path = stage.lab.dir.join(name);
-        std::fs::write(&path, vec![7; bytes])?;
-        Ok(format!("@{}", path.display()))
-    };
-    let (small, big) = (body("small", 1 << 20)?, body("big", 2 << 20)?);
-    for node in &stage.lab.nodes {
-        for (scheme, url) in [("http", "http://ws.test/"), ("https", "https://ws.test/")] {
-            let wanted = format!("x-forwarded-for={own} x-forwarded-proto={scheme} host=ws.test");
-            until(&format!("{url} says {wanted} at {}", node.name), LIMIT, || {
-                Ok(text(&curl(node.address, &["--cacert", &root, url])?) == wanted)
-            })?;
-        }
-        let address = node.address.to_string();
-        let client = python(&lan, &[ECHO_CLIENT, &address, &root])?;
-        let output = client.wait_with_output()?;
-        let said = format!("{}{}", text(&output), String::from_utf8_lossy(&output.stderr));
-        ensure!(output.status.success() && said.matches("passed").count() == 2, "at {}: {said}", node.name);
-        for header in ["content-type: text/plain", "transfer-encoding: chunked"] {
-            for (body, wanted) in [(&small, "200"), (&big, "413")] {
-                let words = [
-                    "-o",
-                    "/dev/null",
-                    "-w",
-                    "%{http_code}",
-                    "-H",
-                    header,
-                    "--data-binary",
-                    body,
-                    "http://up.test/",
-                ];
-                let code = text(&curl(node.address, &words)?);
-                ensure!(code == wanted, "{header}, {body}: answered by {code}, not {wanted}");
-            }
-        }
-    }
-    drop(server);
-    let address = stage.lab.nodes[1].address;
-    let page = curl(address, &["-i", "http://ws.test/"])?;
-    let page = text(&page);
-    ensure!(
-        page.starts_with("HTTP/1.1 502") && page.contains("echo of app shop"),
-        "a page for people: {page}"
-    );
-    stage.cli(0, &["scale", "shop/echo=0"])?;
-    until("nobody serves it", LIMIT, || {
-        Ok(text(&curl(address, &["-i", "http://ws.test/"])?).starts_with("HTTP/1.1 503"))
-    })
 }
