@@ -11,6 +11,7 @@ mod cluster;
 mod disks;
 mod field;
 mod guest;
+mod hang;
 mod image;
 mod losses;
 mod mixed;
@@ -47,6 +48,7 @@ const CASES: &[&[Case]] = &[
     wireguard::CASES,
     disks::CASES,
     network::CASES,
+    hang::CASES,
     boot::CASES,
 ];
 
