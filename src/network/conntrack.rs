@@ -51,7 +51,7 @@ fn answered_by(batch: &mut Batch, endpoint: Ipv4Addr) {
 }
 
 /// A TCP connection, as its client sees it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Conversation {
     pub client: SocketAddrV4,
     pub asked: SocketAddrV4,
@@ -72,15 +72,14 @@ pub fn conversations(socket: &Socket, endpoint: Ipv4Addr) -> io::Result<Vec<Conv
     Ok(found)
 }
 
-/// From its first packet on until both sides have ended it. One that is still being opened counts: what the endpoint's
-/// kernel answers goes unrecognised once the connection is forgotten, and its client would ask again after a second.
-/// Thousands that have ended are still tracked for a while.
+/// From the endpoint's first answer on until both sides have ended it. A client that has had no answer yet asks again by
+/// itself, and then reaches another endpoint. Thousands that have ended are still tracked for a while.
 fn is_open(body: &[u8]) -> bool {
-    const SYN_SENT: u8 = 1;
+    const SYN_RECEIVED: u8 = 2;
     const CLOSE_WAIT: u8 = 5;
     let state =
         part(body, PROTOCOL_INFO).and_then(|info| part(info, TCP_INFO)).and_then(|tcp| part(tcp, TCP_STATE));
-    matches!(state, Some([SYN_SENT..=CLOSE_WAIT]))
+    matches!(state, Some([SYN_RECEIVED..=CLOSE_WAIT]))
 }
 
 fn conversation(body: &[u8]) -> Option<Conversation> {

@@ -242,7 +242,7 @@ impl Network {
         // Published ports answer on loopback too, wherever the container is: only now, as the table drops what comes from
         // outside and is addressed to loopback.
         sysctl::Before::at(&self.config.run_dir).set(ROUTE_LOCALNET, "1")?;
-        let mut waiting = Vec::new();
+        let mut waiting = BTreeSet::new();
         for endpoint in dead {
             // Clients elsewhere, and all of them where this fails, learn of it with their next packet.
             waiting.extend(conntrack::conversations(&socket, *endpoint).unwrap_or_default());
@@ -255,7 +255,7 @@ impl Network {
     }
 
     /// Ends connections of clients on this node, in whichever namespace they are.
-    fn reset_clients(&self, conversations: &[Conversation]) {
+    fn reset_clients(&self, conversations: &BTreeSet<Conversation>) {
         if conversations.is_empty() {
             return;
         }
