@@ -122,7 +122,7 @@ impl Ground {
                 return Err(error);
             }
         }
-        self.write_files(&container, service, instance, address)?;
+        self.write_files(&container, (service, instance), (address, state.ula_prefix()))?;
         if !matches!(self.runtime.state(&container), ContainerState::Running { .. }) {
             if let Some(why) = self.over_quota(id) {
                 return Err(LaunchError::DiskFull(why));
@@ -315,15 +315,17 @@ impl Ground {
     fn write_files(
         &self,
         container: &ContainerId,
-        service: &Service,
-        instance: &Instance,
-        address: std::net::Ipv4Addr,
+        (service, instance): (&Service, &Instance),
+        (address, ula_prefix): (std::net::Ipv4Addr, Option<UlaPrefix>),
     ) -> Result<(), LaunchError> {
         let folder = self.runtime.instance_dir(container);
         let spec = service.spec_of(instance.spec_version);
         let name = spec.hostname.clone().unwrap_or_else(|| hostname(service, instance));
-        let hosts =
+        let mut hosts =
             format!("127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n{address}\t{name}\n");
+        if let Some(prefix) = ula_prefix {
+            hosts.push_str(&format!("{}\t{name}\n", prefix.embed(address)));
+        }
         let files = [
             ("hosts", hosts),
             ("hostname", format!("{name}\n")),

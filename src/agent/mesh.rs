@@ -53,6 +53,8 @@ pub struct NetworkView {
     pub taken: Vec<Taken>,
     /// Why the kernel's table is not as it should be.
     pub error: Option<String>,
+    /// Why containers have no IPv6 here, where they should.
+    pub ipv6_problem: Option<String>,
     /// Why containers have no name server.
     pub names_problem: Option<String>,
     /// Why HTTP routes are not served here.
@@ -77,6 +79,7 @@ pub struct Mesh {
 struct Last {
     inputs: Option<(Arc<State>, BTreeSet<(NodeId, InstanceId)>, BTreeSet<NodeId>)>,
     applied_at: Option<Instant>,
+    has_ipv6: bool,
     own_down: Vec<InstanceId>,
     own_down_since: Option<Instant>,
     sent_at: Option<Instant>,
@@ -150,7 +153,8 @@ impl Mesh {
             Arc::ptr_eq(old_state, &state) && *old_down == down && *old_silent == silent
         });
         let before = self.shared.network_view();
-        let every = if before.error.is_some() { RETRY_EVERY } else { RENEW_EVERY };
+        let is_broken = before.error.is_some() || before.ipv6_problem.is_some();
+        let every = if is_broken { RETRY_EVERY } else { RENEW_EVERY };
         let is_due = last.applied_at.is_none_or(|at| now.duration_since(at) >= every)
             || self.shared.ground.network.was_table_deleted();
         if is_same && !is_due && !names.is_new() && !entry.certificates.has_news(now) {
@@ -160,10 +164,13 @@ impl Mesh {
         let wiring = wiring::plan(&view);
         names.tell(&view, self.shared.ground.network.bridge_address());
         entry.follow(self, &view, now);
-        if before.wiring != wiring || before.error.is_some() || is_due {
+        let has_ipv6 = state.cluster_settings().has_ipv6;
+        let is_news = before.wiring != wiring || last.has_ipv6 != has_ipv6;
+        if is_news || before.error.is_some() || is_due {
             entry.relay.set(&relayed(&wiring));
             let is_first = last.applied_at.is_none();
-            self.apply(before, wiring, is_first).await;
+            self.apply(before, wiring, has_ipv6, is_first).await;
+            last.has_ipv6 = has_ipv6;
             // Making the table anew deletes it first.
             self.shared.ground.network.was_table_deleted();
             last.applied_at = Some(now);
@@ -171,19 +178,23 @@ impl Mesh {
         last.inputs = Some((state, down, silent));
     }
 
-    async fn apply(&self, before: NetworkView, wiring: Wiring, is_first: bool) {
+    async fn apply(&self, before: NetworkView, wiring: Wiring, has_ipv6: bool, is_first: bool) {
         let network = self.shared.ground.network.clone();
         let wanted = wiring.wanted.clone();
         let mut dead: Vec<Ipv4Addr> = before.wiring.alive.difference(&wiring.alive).copied().collect();
         let alive = wiring.alive.clone();
-        let outcome = crate::tasks::unblock(move || {
+        let (ipv6, outcome) = crate::tasks::unblock(move || {
             if is_first {
                 dead.extend(dead_since_last_run(&network, &alive));
             }
-            network.apply(&wanted, &dead)
+            (network.set_dual_stack(has_ipv6), network.apply(&wanted, &dead))
         })
         .await;
-        let mut after = NetworkView { wiring, ..before.clone() };
+        let ipv6_problem = ipv6.err().map(|error| chain(&error));
+        if let Some(error) = ipv6_problem.as_ref().filter(|_| before.ipv6_problem != ipv6_problem) {
+            warn!(error, "give containers IPv6");
+        }
+        let mut after = NetworkView { wiring, ipv6_problem, ..before.clone() };
         match outcome {
             Ok(taken) => {
                 after.error = None;

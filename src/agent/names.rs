@@ -31,7 +31,7 @@ pub fn table(view: &View<'_>, bridge: Ipv4Addr) -> ZoneTable {
         .collect();
     let ranges = view.state.cluster().map(|cluster| [cluster.container_range, cluster.vip_range]);
     let ranges = ranges.into_iter().flatten().map(|address| Range { address, bits: 16 }).collect();
-    ZoneTable { clients, services, ranges, bridge }
+    ZoneTable { clients, services, ranges, bridge, ula_prefix: view.state.ula_prefix() }
 }
 
 fn names_of(service: &Service, placed: &[Placed<'_>]) -> ServiceNames {

@@ -33,9 +33,11 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
     let held = backend.agent.held_addresses();
     let network = backend.ground.network.clone();
     let ranges = state.cluster().map(|cluster| (cluster.container_range, cluster.vip_range));
+    let ula_prefix = state.ula_prefix();
     let (connections, obstacles, ways, lans) = crate::tasks::unblock(move || {
-        let obstacles =
-            ranges.map(|(containers, vips)| foreign::obstacles(containers, vips)).unwrap_or_default();
+        let obstacles = ranges
+            .map(|(containers, vips)| foreign::obstacles(containers, vips, ula_prefix))
+            .unwrap_or_default();
         let connections = network.connection_counts().unwrap_or_default();
         let ways: Vec<(u8, Way, &'static str)> = network
             .ways()
@@ -89,6 +91,10 @@ fn problems_of(
     problems.extend(view.names_problem.map(|text| NetworkProblemBody {
         text: format!("containers have no name server: {text}"),
         remedy: Some("find who has port 53: ss -lnup 'sport = :53'".into()),
+    }));
+    problems.extend(view.ipv6_problem.map(|text| NetworkProblemBody {
+        text: format!("containers here have no IPv6: {text}"),
+        remedy: Some("it is tried again every second; without IPv6: tinydc settings ipv6 false".into()),
     }));
     problems.extend(view.ingress_problem.map(|text| {
         NetworkProblemBody {
@@ -176,6 +182,7 @@ pub async fn show(backend: &Arc<Backend>, app: Option<&str>) -> Result<Reply, Ap
         freshness: reading.freshness,
         container_range: format!("{containers}/16"),
         vip_range: format!("{vips}/16"),
+        ipv6_prefix: state.ula_prefix().map(|prefix| prefix.to_string()),
         services,
         addresses: address_rows(state, &nodes),
         certificates: certificates(backend, state, app.as_ref()),
@@ -243,6 +250,7 @@ fn service_body(
         app: service.app.to_string(),
         service: service.name.clone(),
         vip: service.vip.to_string(),
+        vip6: state.ula_prefix().map(|prefix| prefix.embed(service.vip).to_string()),
         networks: wiring::networks(&service.app, &service.spec).into_iter().collect(),
         ports: service.spec.ports.iter().map(super::view::port_text).collect(),
         is_pinned: service.spec.has_client_affinity,

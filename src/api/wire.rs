@@ -531,6 +531,9 @@ pub struct NetworkBody {
     pub container_range: String,
     /// `10.78.0.0/16`: services.
     pub vip_range: String,
+    /// `fd01:203:405::/96`: both, where the cluster has IPv6.
+    #[serde(default)]
+    pub ipv6_prefix: Option<String>,
     pub nodes: Vec<NodeNetworkBody>,
     pub services: Vec<ServiceNetworkBody>,
     pub addresses: Vec<AddressBody>,
@@ -575,6 +578,8 @@ pub struct ServiceNetworkBody {
     pub app: String,
     pub service: String,
     pub vip: String,
+    #[serde(default)]
+    pub vip6: Option<String>,
     pub networks: Vec<String>,
     /// `8080->80/tcp`.
     pub ports: Vec<String>,

@@ -15,6 +15,7 @@ pub mod secret;
 pub mod settings;
 pub mod spec;
 pub mod time;
+pub mod ula;
 
 pub use artifact::{Artifact, ArtifactKind, Digest, DigestError};
 pub use disk::{DiskSet, NodeDisk};
@@ -34,3 +35,4 @@ pub use spec::{
     SecretUse, ServiceSpec, VolumeSpec,
 };
 pub use time::{Mono, Timestamp};
+pub use ula::UlaPrefix;

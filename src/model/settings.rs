@@ -35,6 +35,8 @@ pub struct Settings {
     pub is_encrypted: bool,
     /// How long a node keeps one key for it.
     pub encrypt_rotation_s: u64,
+    /// Containers and services have IPv6 addresses, too.
+    pub has_ipv6: bool,
     /// Of the authority that certificates are ordered from.
     pub acme_directory: String,
     /// Empty for none.
@@ -60,6 +62,7 @@ impl Default for Settings {
             ingress_https_port: 443,
             is_encrypted: false,
             encrypt_rotation_s: 7 * 24 * 3600,
+            has_ipv6: false,
             acme_directory: LETS_ENCRYPT.into(),
             acme_email: String::new(),
             acme_ca: String::new(),
@@ -84,7 +87,7 @@ pub enum SettingError {
     BadValue { key: String, value: String, expected: &'static str },
 }
 
-const KEYS: [(&str, &str); 12] = [
+const KEYS: [(&str, &str); 13] = [
     ("timers", "card: for SD cards; fast: for SSDs, a leader is replaced within a second"),
     ("default_memory", "memory reserved for an instance that reserves none (MiB)"),
     ("default_cpu", "CPU reserved for an instance that reserves none (thousandths of a core)"),
@@ -93,6 +96,7 @@ const KEYS: [(&str, &str); 12] = [
     ("ingress_https_port", "the same with TLS"),
     ("encrypt", "true: traffic between containers of different nodes is encrypted, by WireGuard"),
     ("encrypt_rotation", "how long a node keeps one key for that (seconds)"),
+    ("ipv6", "true: containers and services have IPv6 addresses, too (dual stack)"),
     ("acme_directory", "the authority that certificates for tls=acme are ordered from"),
     ("acme_email", "where that authority may write to"),
     ("acme_ca", "the secret that holds the root of that authority, if browsers do not trust it"),
@@ -124,6 +128,7 @@ impl Settings {
             "ingress_https_port" => self.ingress_https_port.to_string(),
             "encrypt" => self.is_encrypted.to_string(),
             "encrypt_rotation" => self.encrypt_rotation_s.to_string(),
+            "ipv6" => self.has_ipv6.to_string(),
             "acme_directory" => self.acme_directory.clone(),
             "acme_email" => self.acme_email.clone(),
             "acme_ca" => self.acme_ca.clone(),
@@ -162,6 +167,7 @@ impl Settings {
             "encrypt_rotation" => {
                 self.encrypt_rotation_s = number(10..=31_536_000, "seconds, 10 to 31536000")?;
             }
+            "ipv6" => self.has_ipv6 = value.parse().map_err(|_| bad("true or false"))?,
             "disk_endurance" => {
                 self.disk_endurance = number(1..=100_000, "times, 1 to 100000")? as u32;
             }

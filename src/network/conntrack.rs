@@ -3,19 +3,15 @@
 use super::netlink::{ACK, Batch, DUMP, Socket, attributes};
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 const SUBSYSTEM: u16 = 1 << 8;
 const GET: u16 = SUBSYSTEM | 1;
 const DELETE: u16 = SUBSYSTEM | 2;
-const FAMILY_IPV4: u8 = 2;
-const HEADER: [u8; 4] = [FAMILY_IPV4, 0, 0, 0];
 const TUPLE_ASKING: u16 = 1;
 const TUPLE_REPLY: u16 = 2;
 const TUPLE_IP: u16 = 1;
 const TUPLE_PROTOCOL: u16 = 2;
-const SOURCE: u16 = 1;
-const DESTINATION: u16 = 2;
 const PROTOCOL_NUMBER: u16 = 1;
 const PROTOCOL_INFO: u16 = 4;
 const TCP_INFO: u16 = 1;
@@ -26,14 +22,54 @@ const FILTER: u16 = 25;
 const FILTER_REPLY_FLAGS: u16 = 2;
 const BY_SOURCE: u32 = 1;
 
+/// Of a family: its number, and how a tuple names source and destination.
+struct Family {
+    header: [u8; 4],
+    source: u16,
+    destination: u16,
+}
+
+const IPV4: Family = Family { header: [libc::AF_INET as u8, 0, 0, 0], source: 1, destination: 2 };
+const IPV6: Family = Family { header: [libc::AF_INET6 as u8, 0, 0, 0], source: 3, destination: 4 };
+
+fn family_of(address: IpAddr) -> &'static Family {
+    if address.is_ipv4() { &IPV4 } else { &IPV6 }
+}
+
 /// Forgets the connections that `endpoint` answers. An established one is then reset by whoever its next packet
-/// reaches. One message; the kernel (5.8 or later) filters.
-pub fn forget(socket: &Socket, endpoint: Ipv4Addr) -> io::Result<()> {
+/// reaches.
+pub fn forget(socket: &Socket, endpoint: IpAddr) -> io::Result<()> {
+    const DELETED_AT_ONCE: usize = 64;
     let mut batch = Batch::new();
-    batch.message(DELETE, ACK, &HEADER);
-    answered_by(&mut batch, endpoint);
-    match socket.send(&batch) {
-        // None was there.
+    match endpoint {
+        // One message; the kernel (5.8 or later) filters.
+        IpAddr::V4(endpoint) => {
+            batch.message(DELETE, ACK, &IPV4.header);
+            answered_by(&mut batch, endpoint);
+            ignore_absent(socket.send(&batch))
+        }
+        // Its filter of IPv6 takes what is not asked for: it has the comparison the wrong way round (up to 6.18 at least).
+        IpAddr::V6(_) => {
+            let mut asking = Vec::new();
+            list(socket, &IPV6, &mut |body| {
+                let is_meant = reply_source(body, &IPV6) == Some(endpoint);
+                asking.extend(part(body, TUPLE_ASKING).filter(|_| is_meant).map(<[u8]>::to_vec));
+            })?;
+            asking.chunks(DELETED_AT_ONCE).try_for_each(|chunk| {
+                let mut batch = Batch::new();
+                for tuple in chunk {
+                    batch.message(DELETE, ACK, &IPV6.header).nested(TUPLE_ASKING, |b| {
+                        b.raw(tuple);
+                    });
+                }
+                ignore_absent(socket.send(&batch))
+            })
+        }
+    }
+}
+
+fn ignore_absent(outcome: io::Result<()>) -> io::Result<()> {
+    match outcome {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
         outcome => outcome,
     }
@@ -42,7 +78,7 @@ pub fn forget(socket: &Socket, endpoint: Ipv4Addr) -> io::Result<()> {
 fn answered_by(batch: &mut Batch, endpoint: Ipv4Addr) {
     batch.nested(TUPLE_REPLY, |b| {
         b.nested(TUPLE_IP, |b| {
-            b.attribute(SOURCE, &endpoint.octets());
+            b.attribute(IPV4.source, &endpoint.octets());
         });
     });
     batch.nested(FILTER, |b| {
@@ -53,23 +89,35 @@ fn answered_by(batch: &mut Batch, endpoint: Ipv4Addr) {
 /// A TCP connection, as its client sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Conversation {
-    pub client: SocketAddrV4,
-    pub asked: SocketAddrV4,
+    pub client: SocketAddr,
+    pub asked: SocketAddr,
 }
 
-/// The open TCP connections that `endpoint` answers. The kernel filters if it can (5.8 or later).
-pub fn conversations(socket: &Socket, endpoint: Ipv4Addr) -> io::Result<Vec<Conversation>> {
-    let mut batch = Batch::new();
-    batch.message(GET, DUMP, &HEADER);
-    answered_by(&mut batch, endpoint);
+/// The open TCP connections that `endpoint` answers. The kernel filters those of IPv4 if it can (5.8 or later).
+pub fn conversations(socket: &Socket, endpoint: IpAddr) -> io::Result<Vec<Conversation>> {
+    let family = family_of(endpoint);
     let mut found = Vec::new();
-    socket.dump(&batch, &mut |message| {
-        let body = message.get(4..).unwrap_or_default();
-        if reply_source(body) == Some(endpoint) && is_open(body) {
-            found.extend(conversation(body));
+    let mut visit = |body: &[u8]| {
+        if reply_source(body, family) == Some(endpoint) && is_open(body) {
+            found.extend(conversation(body, family));
         }
-    })?;
+    };
+    match endpoint {
+        IpAddr::V4(endpoint) => {
+            let mut batch = Batch::new();
+            batch.message(GET, DUMP, &family.header);
+            answered_by(&mut batch, endpoint);
+            socket.dump(&batch, &mut |message| visit(message.get(4..).unwrap_or_default()))?;
+        }
+        IpAddr::V6(_) => list(socket, family, &mut visit)?,
+    }
     Ok(found)
+}
+
+fn list(socket: &Socket, family: &Family, visit: &mut dyn FnMut(&[u8])) -> io::Result<()> {
+    let mut batch = Batch::new();
+    batch.message(GET, DUMP, &family.header);
+    socket.dump(&batch, &mut |message| visit(message.get(4..).unwrap_or_default()))
 }
 
 /// From the endpoint's first answer on until both sides have ended it. A client that has had no answer yet asks again by
@@ -82,41 +130,43 @@ fn is_open(body: &[u8]) -> bool {
     matches!(state, Some([SYN_RECEIVED..=CLOSE_WAIT]))
 }
 
-fn conversation(body: &[u8]) -> Option<Conversation> {
+fn conversation(body: &[u8], family: &Family) -> Option<Conversation> {
     let asking = part(body, TUPLE_ASKING)?;
     let (ip, ports) = (part(asking, TUPLE_IP)?, part(asking, TUPLE_PROTOCOL)?);
-    let address = |kind: u16| Some(Ipv4Addr::from(<[u8; 4]>::try_from(part(ip, kind)?).ok()?));
     let port = |kind: u16| Some(u16::from_be_bytes(part(ports, kind)?.try_into().ok()?));
     let is_tcp = part(ports, PROTOCOL_NUMBER)? == [libc::IPPROTO_TCP as u8];
     is_tcp.then_some(())?;
     Some(Conversation {
-        client: SocketAddrV4::new(address(SOURCE)?, port(SOURCE_PORT)?),
-        asked: SocketAddrV4::new(address(DESTINATION)?, port(DESTINATION_PORT)?),
+        client: SocketAddr::new(address(part(ip, family.source)?)?, port(SOURCE_PORT)?),
+        asked: SocketAddr::new(address(part(ip, family.destination)?)?, port(DESTINATION_PORT)?),
     })
 }
 
-/// How many connections each address answers, among those asked for.
-pub fn counts(socket: &Socket, of: &dyn Fn(Ipv4Addr) -> bool) -> io::Result<BTreeMap<Ipv4Addr, u32>> {
-    let mut found = BTreeMap::new();
-    list(socket, &mut |body| {
-        if let Some(address) = reply_source(body).filter(|address| of(*address)) {
-            *found.entry(address).or_default() += 1;
-        }
-    })?;
-    Ok(found)
+fn address(bytes: &[u8]) -> Option<IpAddr> {
+    let ipv4 = <[u8; 4]>::try_from(bytes).map(|octets| Ipv4Addr::from(octets).into());
+    ipv4.or_else(|_| <[u8; 16]>::try_from(bytes).map(|octets| Ipv6Addr::from(octets).into())).ok()
 }
 
-fn list(socket: &Socket, visit: &mut dyn FnMut(&[u8])) -> io::Result<()> {
-    let mut batch = Batch::new();
-    batch.message(GET, DUMP, &HEADER);
-    socket.dump(&batch, &mut |body| visit(body.get(4..).unwrap_or_default()))
+/// How many connections each container answers; `container_at` says whose an address is.
+pub fn counts(
+    socket: &Socket,
+    container_at: &dyn Fn(IpAddr) -> Option<Ipv4Addr>,
+) -> io::Result<BTreeMap<Ipv4Addr, u32>> {
+    let mut found = BTreeMap::new();
+    for family in [&IPV4, &IPV6] {
+        list(socket, family, &mut |body| {
+            if let Some(container) = reply_source(body, family).and_then(container_at) {
+                *found.entry(container).or_default() += 1;
+            }
+        })?;
+    }
+    Ok(found)
 }
 
 fn part(bytes: &[u8], wanted: u16) -> Option<&[u8]> {
     attributes(bytes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
 }
 
-fn reply_source(body: &[u8]) -> Option<Ipv4Addr> {
-    let bytes = part(part(part(body, TUPLE_REPLY)?, TUPLE_IP)?, SOURCE)?;
-    Some(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?))
+fn reply_source(body: &[u8], family: &Family) -> Option<IpAddr> {
+    address(part(part(part(body, TUPLE_REPLY)?, TUPLE_IP)?, family.source)?)
 }

@@ -3,6 +3,7 @@
 use super::lan;
 use super::netlink::{Batch, DUMP, Socket, attributes};
 use super::nft::table::TABLE;
+use crate::model::UlaPrefix;
 use std::io;
 use std::net::Ipv4Addr;
 use std::path::Path;
@@ -13,6 +14,7 @@ const FORWARD_HOOK: u32 = 2;
 const DROP: u32 = 0;
 const FAMILY_INET: u8 = 1;
 const FAMILY_IPV4: u8 = 2;
+const FAMILY_IPV6: u8 = 10;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Obstacle {
@@ -37,11 +39,23 @@ pub fn is_forwarding_used() -> bool {
     !old.is_empty() || forward_chains().is_ok_and(|chains| !chains.is_empty())
 }
 
-pub fn obstacles(container_range: Ipv4Addr, vip_range: Ipv4Addr) -> Vec<Obstacle> {
+/// `ula_prefix`: where the cluster has IPv6, too.
+pub fn obstacles(
+    container_range: Ipv4Addr,
+    vip_range: Ipv4Addr,
+    ula_prefix: Option<UlaPrefix>,
+) -> Vec<Obstacle> {
     // Without netfilter there is nothing to be in the way.
     let chains = forward_chains().unwrap_or_default();
-    let dropping = chains.iter().filter(|chain| chain.is_dropping);
-    let mut found: Vec<Obstacle> = dropping.map(|chain| explain(chain, container_range)).collect();
+    let range = format!("{container_range}/16");
+    let dropping = || chains.iter().filter(|chain| chain.is_dropping);
+    let of_ipv4 = dropping().filter(|chain| chain.family != FAMILY_IPV6);
+    let mut found: Vec<Obstacle> = of_ipv4.map(|chain| explain(chain, "ip", &range)).collect();
+    let prefix = ula_prefix.map(|prefix| prefix.to_string());
+    for prefix in prefix.iter() {
+        let of_ipv6 = dropping().filter(|chain| chain.family != FAMILY_IPV4);
+        found.extend(of_ipv6.map(|chain| explain(chain, "ip6", prefix)));
+    }
     let networks = lan::networks();
     for (range, what) in [(container_range, "containers"), (vip_range, "services")] {
         found.extend(networks.iter().filter(|one| one.overlaps(range)).map(|one| Obstacle {
@@ -72,11 +86,12 @@ fn forward_chain(family: u8, body: &[u8]) -> Option<ForwardChain> {
     let hook = attributes(value(4)?).find(|(kind, _)| *kind == 1).and_then(|(_, bytes)| number(bytes))?;
     let is_dropping = number(value(5)?)? == DROP;
     let chain = ForwardChain { family, table: text(value(1)?), name: text(value(3)?), is_dropping };
-    let is_others = matches!(family, FAMILY_INET | FAMILY_IPV4) && chain.table != TABLE;
+    let is_others = matches!(family, FAMILY_INET | FAMILY_IPV4 | FAMILY_IPV6) && chain.table != TABLE;
     (hook == FORWARD_HOOK && is_others).then_some(chain)
 }
 
-fn explain(chain: &ForwardChain, range: Ipv4Addr) -> Obstacle {
+/// What is forwarded from and to this range of that family.
+fn explain(chain: &ForwardChain, protocol: &str, range: &str) -> Obstacle {
     let ForwardChain { family, table, name, .. } = chain;
     let whose = if Path::new("/run/docker.pid").exists() || Path::new("/var/run/docker.sock").exists() {
         " (Docker's)"
@@ -85,22 +100,25 @@ fn explain(chain: &ForwardChain, range: Ipv4Addr) -> Obstacle {
     } else {
         ""
     };
-    let is_iptables = *family == FAMILY_IPV4 && table == "filter" && name == "FORWARD";
+    let is_iptables = *family != FAMILY_INET && table == "filter" && name == "FORWARD";
+    let iptables = if *family == FAMILY_IPV6 { "ip6tables" } else { "iptables" };
     let remedy = match (is_iptables, whose) {
         (true, " (ufw's, most likely)") => {
-            format!("ufw route allow from {range}/16 && ufw route allow to {range}/16")
+            format!("ufw route allow from {range} && ufw route allow to {range}")
         }
         (true, _) => format!(
-            "iptables -I FORWARD -s {range}/16 -j ACCEPT && iptables -I FORWARD -d {range}/16 -j ACCEPT"
+            "{iptables} -I FORWARD -s {range} -j ACCEPT && {iptables} -I FORWARD -d {range} -j ACCEPT"
         ),
         (false, _) => {
-            let family = if *family == FAMILY_INET { "inet" } else { "ip" };
+            let family = if *family == FAMILY_INET { "inet" } else { protocol };
             format!(
-                "nft insert rule {family} {table} {name} ip saddr {range}/16 accept && nft insert rule {family} \
-                 {table} {name} ip daddr {range}/16 accept"
+                "nft insert rule {family} {table} {name} {protocol} saddr {range} accept && nft insert rule {family} \
+                 {table} {name} {protocol} daddr {range} accept"
             )
         }
     };
-    let text = format!("the chain {name} of the table {table}{whose} drops what is forwarded to containers");
+    let by = if protocol == "ip6" { " by IPv6" } else { "" };
+    let text =
+        format!("the chain {name} of the table {table}{whose} drops what is forwarded to containers{by}");
     Obstacle { text, remedy }
 }

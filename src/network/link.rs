@@ -3,7 +3,7 @@
 use super::netlink::{ACK, Batch, CREATE, DUMP, EXCLUSIVE, REPLACE, Socket, attributes};
 use std::collections::BTreeMap;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 const NEW_LINK: u16 = 16;
@@ -36,6 +36,28 @@ const UNICAST: u8 = 1;
 const ON_LINK: u32 = 4;
 const SCOPE_LINK: u8 = 253;
 
+/// Of either family.
+pub trait Address: Copy {
+    const FAMILY: u8;
+    fn bytes(&self) -> Vec<u8>;
+}
+
+impl Address for Ipv4Addr {
+    const FAMILY: u8 = libc::AF_INET as u8;
+
+    fn bytes(&self) -> Vec<u8> {
+        self.octets().into()
+    }
+}
+
+impl Address for Ipv6Addr {
+    const FAMILY: u8 = libc::AF_INET6 as u8;
+
+    fn bytes(&self) -> Vec<u8> {
+        self.octets().into()
+    }
+}
+
 fn link_header(index: u32, flags: u32, change: u32) -> Vec<u8> {
     let mut header = vec![0; 4];
     header.extend(index.to_ne_bytes());
@@ -52,6 +74,16 @@ pub fn index_of(name: &str) -> io::Result<u32> {
     let body = Socket::route()?.ask(&batch)?;
     let index = body.get(4..8).and_then(|bytes| bytes.try_into().ok());
     index.map(u32::from_ne_bytes).ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// A link's own hardware address.
+pub fn hardware_of(index: u32) -> io::Result<Hardware> {
+    const ADDRESS: u16 = 1;
+    let mut batch = Batch::new();
+    batch.message(GET_LINK, 0, &link_header(index, 0, 0));
+    let body = Socket::route()?.ask(&batch)?;
+    let found = attributes(body.get(16..).unwrap_or_default()).find(|(kind, _)| *kind == ADDRESS);
+    found.and_then(|(_, bytes)| bytes.try_into().ok()).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 pub fn add_bridge(socket: &Socket, name: &str) -> io::Result<()> {
@@ -81,7 +113,7 @@ pub fn add_vxlan(
     name: &str,
     id: u32,
     port: u16,
-    hardware: [u8; 6],
+    hardware: Hardware,
     mtu: u32,
 ) -> io::Result<()> {
     const ADDRESS: u16 = 1;
@@ -96,17 +128,22 @@ pub fn add_vxlan(
     socket.send(&batch)
 }
 
+/// What a link is called on its wire.
+pub type Hardware = [u8; 6];
 /// Family, state and flags of struct ndmsg.
 type Neighbour = (u8, u16, u8);
 const ON_TUNNEL: Neighbour = (libc::AF_BRIDGE as u8, 0x80, 2);
-const ON_NETWORK: Neighbour = (libc::AF_INET as u8, 0x80, 0);
 
-fn neighbour(
+fn on_network<A: Address>() -> Neighbour {
+    (A::FAMILY, 0x80, 0)
+}
+
+fn neighbour<A: Address>(
     socket: &Socket,
     kind: u16,
     (family, state, flags): Neighbour,
     index: u32,
-    (address, hardware): (Ipv4Addr, [u8; 6]),
+    (address, hardware): (A, Hardware),
 ) -> io::Result<()> {
     let mut header = vec![family, 0, 0, 0];
     header.extend(index.to_ne_bytes());
@@ -114,25 +151,35 @@ fn neighbour(
     header.extend([flags, 0]);
     let mut batch = Batch::new();
     let change = if kind == NEW_NEIGHBOUR { ACK | CREATE | REPLACE } else { ACK };
-    batch.message(kind, change, &header).attribute(1, &address.octets()).attribute(2, &hardware);
+    batch.message(kind, change, &header).attribute(1, &address.bytes()).attribute(2, &hardware);
     socket.send(&batch)
 }
 
 /// Who has an address on a link, for good.
-pub fn put_neighbour(socket: &Socket, index: u32, address: Ipv4Addr, hardware: [u8; 6]) -> io::Result<()> {
-    neighbour(socket, NEW_NEIGHBOUR, ON_NETWORK, index, (address, hardware))
+pub fn put_neighbour<A: Address>(
+    socket: &Socket,
+    index: u32,
+    address: A,
+    hardware: Hardware,
+) -> io::Result<()> {
+    neighbour(socket, NEW_NEIGHBOUR, on_network::<A>(), index, (address, hardware))
 }
 
-pub fn delete_neighbour(socket: &Socket, index: u32, address: Ipv4Addr, hardware: [u8; 6]) -> io::Result<()> {
-    neighbour(socket, DELETE_NEIGHBOUR, ON_NETWORK, index, (address, hardware))
+pub fn delete_neighbour<A: Address>(
+    socket: &Socket,
+    index: u32,
+    address: A,
+    hardware: Hardware,
+) -> io::Result<()> {
+    neighbour(socket, DELETE_NEIGHBOUR, on_network::<A>(), index, (address, hardware))
 }
 
 /// Behind which machine a tunnel finds a hardware address.
-pub fn put_forwarding(socket: &Socket, index: u32, hardware: [u8; 6], to: Ipv4Addr) -> io::Result<()> {
+pub fn put_forwarding(socket: &Socket, index: u32, hardware: Hardware, to: Ipv4Addr) -> io::Result<()> {
     neighbour(socket, NEW_NEIGHBOUR, ON_TUNNEL, index, (to, hardware))
 }
 
-pub fn delete_forwarding(socket: &Socket, index: u32, hardware: [u8; 6], to: Ipv4Addr) -> io::Result<()> {
+pub fn delete_forwarding(socket: &Socket, index: u32, hardware: Hardware, to: Ipv4Addr) -> io::Result<()> {
     neighbour(socket, DELETE_NEIGHBOUR, ON_TUNNEL, index, (to, hardware))
 }
 
@@ -255,34 +302,37 @@ pub fn delete(socket: &Socket, index: u32) -> io::Result<()> {
     socket.send(&batch)
 }
 
-pub fn add_address(socket: &Socket, index: u32, address: Ipv4Addr, length: u8) -> io::Result<()> {
+pub fn add_address<A: Address>(socket: &Socket, index: u32, address: A, length: u8) -> io::Result<()> {
     change_address(socket, NEW_ADDRESS, ACK | CREATE | REPLACE, (index, address, length))
 }
 
-pub fn delete_address(socket: &Socket, index: u32, address: Ipv4Addr, length: u8) -> io::Result<()> {
+pub fn delete_address<A: Address>(socket: &Socket, index: u32, address: A, length: u8) -> io::Result<()> {
     change_address(socket, DELETE_ADDRESS, ACK, (index, address, length))
 }
 
-fn change_address(
+fn change_address<A: Address>(
     socket: &Socket,
     kind: u16,
     flags: u16,
-    (index, address, length): (u32, Ipv4Addr, u8),
+    (index, address, length): (u32, A, u8),
 ) -> io::Result<()> {
-    let mut header = vec![libc::AF_INET as u8, length, 0, 0];
+    /// Nobody else can have it: used at once, also on a link without a carrier. IPv4 has no use for the flag.
+    const NO_DUPLICATE_CHECK: u8 = 2;
+    let flags_of_address = if A::FAMILY == Ipv6Addr::FAMILY { NO_DUPLICATE_CHECK } else { 0 };
+    let mut header = vec![A::FAMILY, length, flags_of_address, 0];
     header.extend(index.to_ne_bytes());
     let mut batch = Batch::new();
     batch.message(kind, flags, &header);
-    batch.attribute(1, &address.octets()).attribute(2, &address.octets());
+    batch.attribute(1, &address.bytes()).attribute(2, &address.bytes());
     socket.send(&batch)
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Route {
+pub struct Route<A = Ipv4Addr> {
     /// `None`: the default route.
-    pub to: Option<(Ipv4Addr, u8)>,
+    pub to: Option<(A, u8)>,
     /// `None`: its addresses are on the link itself.
-    pub via: Option<Ipv4Addr>,
+    pub via: Option<A>,
     /// 0: the kernel finds the link by the gateway.
     pub link: u32,
     /// The gateway needs no route of its own.
@@ -295,41 +345,45 @@ const UNREACHABLE: u8 = 7;
 const LAST_PRIORITY: u32 = u32::MAX;
 
 /// Refuses what goes to a network, unless there is a narrower route.
-pub fn change_barrier(socket: &Socket, (network, length): (Ipv4Addr, u8), is_wanted: bool) -> io::Result<()> {
+pub fn change_barrier<A: Address>(
+    socket: &Socket,
+    (network, length): (A, u8),
+    is_wanted: bool,
+) -> io::Result<()> {
     const PRIORITY: u16 = 6;
     let (kind, flags) = if is_wanted { (NEW_ROUTE, ACK | CREATE | REPLACE) } else { (DELETE_ROUTE, ACK) };
-    let mut header = vec![libc::AF_INET as u8, length, 0, 0, TABLE_MAIN, PROTOCOL_OWN, 0, UNREACHABLE];
+    let mut header = vec![A::FAMILY, length, 0, 0, TABLE_MAIN, PROTOCOL_OWN, 0, UNREACHABLE];
     header.extend(0u32.to_ne_bytes());
     let mut batch = Batch::new();
-    batch.message(kind, flags, &header).attribute(1, &network.octets()).native(PRIORITY, LAST_PRIORITY);
+    batch.message(kind, flags, &header).attribute(1, &network.bytes()).native(PRIORITY, LAST_PRIORITY);
     socket.send(&batch)
 }
 
-fn route_message(batch: &mut Batch, kind: u16, flags: u16, route: &Route) {
+fn route_message<A: Address>(batch: &mut Batch, kind: u16, flags: u16, route: &Route<A>) {
     let length = route.to.map_or(0, |(_, length)| length);
     let scope = if route.via.is_some() { 0 } else { SCOPE_LINK };
-    let mut header = vec![libc::AF_INET as u8, length, 0, 0, TABLE_MAIN, PROTOCOL_OWN, scope, UNICAST];
+    let mut header = vec![A::FAMILY, length, 0, 0, TABLE_MAIN, PROTOCOL_OWN, scope, UNICAST];
     let on_link = if route.is_on_link && route.via.is_some() { ON_LINK } else { 0 };
     header.extend(on_link.to_ne_bytes());
     batch.message(kind, flags, &header);
     if let Some((network, _)) = route.to {
-        batch.attribute(1, &network.octets());
+        batch.attribute(1, &network.bytes());
     }
     if route.link != 0 {
         batch.native(4, route.link);
     }
     if let Some(via) = route.via {
-        batch.attribute(5, &via.octets());
+        batch.attribute(5, &via.bytes());
     }
 }
 
-pub fn add_route(socket: &Socket, route: &Route) -> io::Result<()> {
+pub fn add_route<A: Address>(socket: &Socket, route: &Route<A>) -> io::Result<()> {
     let mut batch = Batch::new();
     route_message(&mut batch, NEW_ROUTE, ACK | CREATE | REPLACE, route);
     socket.send(&batch)
 }
 
-pub fn delete_route(socket: &Socket, route: &Route) -> io::Result<()> {
+pub fn delete_route<A: Address>(socket: &Socket, route: &Route<A>) -> io::Result<()> {
     let mut batch = Batch::new();
     route_message(&mut batch, DELETE_ROUTE, ACK, route);
     socket.send(&batch)

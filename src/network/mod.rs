@@ -11,6 +11,7 @@
 pub mod arp;
 pub mod conntrack;
 pub mod dns;
+mod dual_stack;
 pub mod foreign;
 mod hold;
 pub mod ingress;
@@ -30,23 +31,26 @@ pub use hold::Taken;
 pub use nft::table::{PortKey, PortRow, VipRow, Wanted};
 
 use crate::linux::netns;
-use crate::model::Gather;
+use crate::model::{Gather, UlaPrefix};
 use conntrack::Conversation;
+use dual_stack::{DualStack, knows_ipv6};
 use hold::Holds;
 use netlink::Socket;
-use nft::{Neighbours, Shape, Table};
+use nft::{Family, Neighbours, Shape, Table};
 use nix::sys::socket::{setsockopt, sockopt};
 use overlay::{Numbers, Way};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io;
-use std::net::{Ipv4Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, SocketAddrV4};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, RwLock};
 use wireguard::{PublicKey, Slot, Tunnel, TunnelError, TunnelPeer};
 
 pub const BRIDGE: &str = "tdc0";
+/// Of the node's end of each container's link.
+pub const LINK_PREFIX: &str = "tdv-";
 const MTU: u32 = 1500;
 
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +83,8 @@ pub struct NetworkConfig {
     pub number: u8,
     /// A /16: the services' addresses.
     pub vip_range: Ipv4Addr,
+    /// Of the cluster's IPv6 addresses, for when it has them.
+    pub ula_prefix: UlaPrefix,
     /// Where this node listens for peers and clients: closed to containers.
     pub own_ports: BTreeSet<u16>,
     /// Holds the containers' namespaces.
@@ -93,12 +99,23 @@ pub struct Reach {
     pub sealed: Option<Slot>,
 }
 
+/// Whether this node has IPv6, too.
+enum Dual {
+    /// As an earlier run has left it.
+    Unknown,
+    Off,
+    On(DualStack),
+}
+
 pub struct Network {
     config: NetworkConfig,
     bridge_address: Ipv4Addr,
     ways: Mutex<BTreeMap<u8, Way>>,
     tunnels: Mutex<BTreeMap<Slot, Tunnel>>,
+    shape: Shape,
     table: Mutex<Table>,
+    /// Read while a container is connected: none is missed when this changes.
+    dual_stack: RwLock<Dual>,
     holds: Mutex<Holds>,
     /// Says when somebody deletes the table.
     table_changes: Option<Socket>,
@@ -142,7 +159,9 @@ impl Network {
             bridge_address,
             ways: Mutex::default(),
             tunnels: Mutex::default(),
-            table: Mutex::new(Table::new(shape)),
+            table: Mutex::new(Table::new(Family::Ipv4, shape.clone())),
+            dual_stack: RwLock::new(Dual::Unknown),
+            shape,
             holds: Mutex::default(),
             // Without it the table is looked after now and then all the same.
             table_changes: Socket::table_changes().ok(),
@@ -161,30 +180,43 @@ impl Network {
     }
 
     fn veth_name(container: &str) -> String {
-        format!("tdv-{container}")
+        format!("{LINK_PREFIX}{container}")
     }
 
     /// The container's namespace, connected: made if it is missing, or if it lacks its address.
     pub fn attach(&self, container: &str, address: Ipv4Addr) -> Result<PathBuf, NetworkError> {
         let path = self.netns_path(container);
-        if is_connected(&path, address) {
+        let dual_stack = self.dual_stack.read().unwrap_or_else(PoisonError::into_inner);
+        if path.exists() && address_in(&path) == Some(address) {
             return Ok(path);
         }
-        self.detach(container)?;
+        self.remove(container)?;
         netns::create(&path).map_err(kernel(format!("make the network namespace of {container}")))?;
-        let outcome = self.connect(container, address, &path);
+        let has_ipv6 = matches!(&*dual_stack, Dual::On(_));
+        let outcome = self.connect(container, address, &path, has_ipv6).and_then(|()| match &*dual_stack {
+            Dual::On(dual_stack) => dual_stack.connect(container, address, &path),
+            Dual::Off | Dual::Unknown => Ok(()),
+        });
         if outcome.is_err() {
             // Tried anew with the next launch; what is half made must not look whole.
-            let _ = self.detach(container);
+            let _ = self.remove(container);
         }
         outcome.map(|()| path)
     }
 
-    fn connect(&self, container: &str, address: Ipv4Addr, path: &Path) -> Result<(), NetworkError> {
-        // Inherited by the end inside. The kernel takes this at once, while a write for one link turns in a circle as long
-        // as others change links: twenty containers that started at once left two processors nothing else (35 s).
-        netns::in_netns(path, || set_ipv6_off().map_err(io::Error::other))
-            .map_err(kernel(format!("take IPv6 from the network of {container}")))?;
+    fn connect(
+        &self,
+        container: &str,
+        address: Ipv4Addr,
+        path: &Path,
+        has_ipv6: bool,
+    ) -> Result<(), NetworkError> {
+        if !has_ipv6 {
+            // Inherited by the end inside. The kernel takes this at once, while a write for one link turns in a circle as
+            // long as others change links: twenty containers that started at once left two processors nothing else (35 s).
+            netns::in_netns(path, || set_ipv6_off().map_err(io::Error::other))
+                .map_err(kernel(format!("take IPv6 from the network of {container}")))?;
+        }
         let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
         let netns_file = File::open(path).map_err(kernel(format!("open {}", path.display())))?;
         let name = Network::veth_name(container);
@@ -203,6 +235,9 @@ impl Network {
             let socket = Socket::route()?;
             link::set_up(&socket, link::index_of("lo")?)?;
             let index = link::index_of("eth0")?;
+            if has_ipv6 {
+                link::take_ipv6(&socket, index)?;
+            }
             link::set_up(&socket, index)?;
             link::add_address(&socket, index, address, 32)?;
             link::add_route(
@@ -219,6 +254,11 @@ impl Network {
 
     /// Takes the container's namespace away, and with it both ends of its link.
     pub fn detach(&self, container: &str) -> Result<(), NetworkError> {
+        let _unchanged = self.dual_stack.read().unwrap_or_else(PoisonError::into_inner);
+        self.remove(container)
+    }
+
+    fn remove(&self, container: &str) -> Result<(), NetworkError> {
         if let Ok(index) = link::index_of(&Network::veth_name(container)) {
             let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
             // Gone meanwhile together with its namespace.
@@ -242,16 +282,52 @@ impl Network {
         // Published ports answer on loopback too, wherever the container is: only now, as the table drops what comes from
         // outside and is addressed to loopback.
         sysctl::Before::at(&self.config.run_dir).set(ROUTE_LOCALNET, "1")?;
+        let dual_stack = self.dual_stack.read().unwrap_or_else(PoisonError::into_inner);
+        let mut endpoints: Vec<IpAddr> = dead.iter().copied().map(IpAddr::V4).collect();
+        if let Dual::On(dual_stack) = &*dual_stack {
+            dual_stack.apply(&socket, wanted)?;
+            endpoints.extend(dead.iter().map(|endpoint| IpAddr::V6(self.config.ula_prefix.embed(*endpoint))));
+        }
+        drop(dual_stack);
         let mut waiting = BTreeSet::new();
-        for endpoint in dead {
+        for endpoint in endpoints {
             // Clients elsewhere, and all of them where this fails, learn of it with their next packet.
-            waiting.extend(conntrack::conversations(&socket, *endpoint).unwrap_or_default());
-            conntrack::forget(&socket, *endpoint)
+            waiting.extend(conntrack::conversations(&socket, endpoint).unwrap_or_default());
+            conntrack::forget(&socket, endpoint)
                 .map_err(kernel(format!("forget connections to {endpoint}")))?;
         }
         self.reset_clients(&waiting);
         let mut holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(holds.set(&wanted.ports.keys().copied().gather()))
+    }
+
+    /// Gives containers and services IPv6 addresses or takes them away. Tried again, it does what is left to do.
+    pub fn set_dual_stack(&self, is_wanted: bool) -> Result<(), NetworkError> {
+        let mut place = self.dual_stack.write().unwrap_or_else(PoisonError::into_inner);
+        match (&*place, is_wanted) {
+            (Dual::On(_), true) | (Dual::Off, false) => return Ok(()),
+            (Dual::Unknown | Dual::Off, true) => {
+                let dual_stack = DualStack::new(&self.config, self.numbers(), self.shape.clone());
+                let ways = self.ways();
+                let opened = dual_stack.open(&self.config, &ways);
+                if opened.is_err() && matches!(*place, Dual::Off) {
+                    // What is half made goes again; the reason is told, and this is tried again.
+                    let _ = dual_stack.close(&self.config);
+                }
+                opened?;
+                *place = Dual::On(dual_stack);
+            }
+            (Dual::On(dual_stack), false) => {
+                dual_stack.close(&self.config)?;
+                *place = Dual::Off;
+            }
+            (Dual::Unknown, false) => {
+                // A kernel that can't tell has nothing of it.
+                let _ = DualStack::new(&self.config, self.numbers(), self.shape.clone()).close(&self.config);
+                *place = Dual::Off;
+            }
+        }
+        Ok(())
     }
 
     /// Ends connections of clients on this node, in whichever namespace they are.
@@ -283,11 +359,15 @@ impl Network {
     pub fn connection_counts(&self) -> Result<BTreeMap<Ipv4Addr, u32>, NetworkError> {
         let socket = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
         let range = self.config.container_range.octets();
-        let is_container = |address: Ipv4Addr| {
-            let octets = address.octets();
-            octets[..2] == range[..2] && octets[3] > 1
+        let container_at = |address: IpAddr| {
+            let address = match address {
+                IpAddr::V4(address) => Some(address),
+                IpAddr::V6(address) => self.config.ula_prefix.extract(address),
+            };
+            let is_container = |octets: [u8; 4]| octets[..2] == range[..2] && octets[3] > 1;
+            address.filter(|address| is_container(address.octets()))
         };
-        conntrack::counts(&socket, &is_container).map_err(kernel("list tracked connections"))
+        conntrack::counts(&socket, &container_at).map_err(kernel("list tracked connections"))
     }
 
     /// Which of these ports another program on this node has.
@@ -337,14 +417,23 @@ impl Network {
             }
         }
         let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         let clear = ways.values().filter(|way| !way.is_sealed());
         let peers = clear.map(Way::address).filter(|address| !address.is_unspecified()).gather();
         let others = members.iter().filter(|number| **number != numbers.own && !is_clear_allowed);
         let sealed = others.map(|number| numbers.network(*number)).gather();
         let doors = ways.values().map(Way::address).filter(|address| !address.is_unspecified());
         let doors = doors.chain(floating.iter().copied()).gather();
-        table.set_neighbours(&netfilter, Neighbours { peers, sealed, doors });
+        let neighbours = Neighbours { peers, sealed, doors };
+        let now = ways.clone();
+        // Whoever changes the families looks at the ways.
+        drop(ways);
+        if let Dual::On(dual_stack) = &*self.dual_stack.read().unwrap_or_else(PoisonError::into_inner) {
+            dual_stack.set_neighbours(&netfilter, neighbours.clone());
+            let followed = dual_stack.follow(&now);
+            first_error = first_error.or(followed.err().map(kernel("reach other nodes' containers by IPv6")));
+        }
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.set_neighbours(&netfilter, neighbours);
         first_error.map_or(Ok(()), Err)
     }
 
@@ -393,7 +482,8 @@ impl Network {
 
     /// A node's container network in the tunnel's terms.
     pub fn tunnel_peer(&self, number: u8, public_key: PublicKey, endpoint: SocketAddrV4) -> TunnelPeer {
-        TunnelPeer { public_key, endpoint, network: self.numbers().network(number) }
+        let network = self.numbers().network(number);
+        TunnelPeer { public_key, endpoint, network, ula_prefix: self.config.ula_prefix }
     }
 
     pub fn put_tunnel_peer(&self, slot: Slot, peer: TunnelPeer) -> Result<(), TunnelError> {
@@ -487,11 +577,14 @@ impl Network {
         self.sweep(&BTreeSet::new())?;
         self.set_peers(&BTreeMap::new(), &BTreeSet::new(), &BTreeSet::new(), true)?;
         self.keep_tunnels(&BTreeSet::new())?;
+        let mut place = self.dual_stack.write().unwrap_or_else(PoisonError::into_inner);
+        let closed = DualStack::new(&self.config, self.numbers(), self.shape.clone()).close(&self.config);
+        *place = Dual::Off;
         sysctl::Before::at(&self.config.run_dir)
-            .restore(foreign::is_forwarding_used())
+            .restore("", foreign::is_forwarding_used())
             .map_err(kernel("give the kernel's settings back"))?;
         let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
-        nft::table::delete_table(&netfilter).map_err(kernel("delete the nftables table"))?;
+        nft::table::delete_table(&netfilter, Family::Ipv4).map_err(kernel("delete the nftables table"))?;
         let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
         // Gone already if somebody else has tidied up.
         let _ = link::change_barrier(&socket, (self.config.container_range, 16), false);
@@ -500,22 +593,21 @@ impl Network {
                 link::delete(&socket, index).map_err(kernel(format!("delete {name}")))?;
             }
         }
-        Ok(())
+        closed
     }
 }
 
-/// Whether the namespace is there and its `eth0` has this address.
-fn is_connected(path: &Path, address: Ipv4Addr) -> bool {
-    path.exists()
-        && netns::in_netns(path, move || {
-            let interfaces = nix::ifaddrs::getifaddrs()?;
-            let has = |interface: nix::ifaddrs::InterfaceAddress| {
-                let own = interface.address.as_ref().and_then(|own| own.as_sockaddr_in()).map(|own| own.ip());
-                interface.interface_name == "eth0" && own == Some(address)
-            };
-            Ok(interfaces.into_iter().any(has))
-        })
-        .unwrap_or(false)
+/// What the container of this namespace has for an address.
+fn address_in(path: &Path) -> Option<Ipv4Addr> {
+    netns::in_netns(path, || {
+        let interfaces = nix::ifaddrs::getifaddrs()?;
+        let own = interfaces.filter(|interface| interface.interface_name == "eth0").find_map(|interface| {
+            interface.address.as_ref().and_then(|own| own.as_sockaddr_in()).map(|own| own.ip())
+        });
+        Ok(own)
+    })
+    .ok()
+    .flatten()
 }
 
 const ROUTE_LOCALNET: &str = "net/ipv4/conf/all/route_localnet";
@@ -523,15 +615,11 @@ const ROUTE_LOCALNET: &str = "net/ipv4/conf/all/route_localnet";
 /// Of each container's link: no redirects, which would lead past this node; no sender but the container's own address.
 const LINK_SYSCTLS: [(&str, &str); 2] = [("send_redirects", "0"), ("rp_filter", "1")];
 
-/// Containers have IPv4 addresses only. By the link-local address that the kernel gives each end of a link they would
-/// reach whatever listens on this node, past every rule.
+/// By the link-local address that the kernel gives each end of a link containers would reach whatever listens on this node,
+/// past every rule.
 fn set_ipv6_off() -> Result<(), NetworkError> {
     if !knows_ipv6() {
         return Ok(());
     }
     sysctl::set("net/ipv6/conf/default/disable_ipv6", "1")
-}
-
-fn knows_ipv6() -> bool {
-    Path::new("/proc/sys/net/ipv6/conf").exists()
 }

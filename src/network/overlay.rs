@@ -8,10 +8,10 @@ use super::lan::{self, Interface};
 use super::link::{self, Route};
 use super::netlink::Socket;
 use super::wireguard::Slot;
-use crate::model::Gather;
+use crate::model::{Gather, UlaPrefix};
 use std::collections::BTreeSet;
 use std::io;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 pub const VXLAN: &str = "tdx0";
 pub const VXLAN_PORT: u16 = 7401;
@@ -138,6 +138,52 @@ pub fn drop_way(socket: &Socket, numbers: &Numbers, number: u8, way: Way) {
 fn sealed_route(network: Ipv4Addr, slot: Slot) -> io::Result<Route> {
     let link = link::index_of(slot.link_name())?;
     Ok(Route { to: Some((network, 24)), via: None, link, is_on_link: true })
+}
+
+/// Brings one node's route of IPv6 to where its route of IPv4 leads, but never over the LAN itself: nodes need no IPv6
+/// addresses there. Returns the link that it goes by.
+pub fn set_embedded_way(
+    socket: &Socket,
+    numbers: &Numbers,
+    prefix: UlaPrefix,
+    number: u8,
+    way: Way,
+) -> io::Result<&'static str> {
+    if let Way::Direct { via: to } | Way::Tunnel { to } = way {
+        let index = tunnel(socket, numbers)?;
+        let hardware = numbers.hardware(number);
+        link::put_neighbour(socket, index, prefix.embed(numbers.network(number)), hardware)?;
+        link::put_forwarding(socket, index, hardware, to)?;
+    }
+    link::add_route(socket, &embedded_route(numbers, prefix, number, way)?)?;
+    Ok(embedded_link(way))
+}
+
+fn embedded_link(way: Way) -> &'static str {
+    match way {
+        Way::Direct { .. } | Way::Tunnel { .. } => VXLAN,
+        Way::Sealed { slot, .. } => slot.link_name(),
+    }
+}
+
+/// What is gone already need not be taken away.
+pub fn drop_embedded_way(socket: &Socket, numbers: &Numbers, prefix: UlaPrefix, number: u8, way: Way) {
+    let route = embedded_route(numbers, prefix, number, way);
+    let _ = route.and_then(|route| link::delete_route(socket, &route));
+    let Ok(index) = link::index_of(VXLAN) else { return };
+    let network = prefix.embed(numbers.network(number));
+    let _ = link::delete_neighbour(socket, index, network, numbers.hardware(number));
+    // IPv4 needs it where it goes the same way.
+    if let Way::Direct { via } = way {
+        let _ = link::delete_forwarding(socket, index, numbers.hardware(number), via);
+    }
+}
+
+fn embedded_route(numbers: &Numbers, prefix: UlaPrefix, number: u8, way: Way) -> io::Result<Route<Ipv6Addr>> {
+    let network = prefix.embed(numbers.network(number));
+    let via = (!way.is_sealed()).then_some(network);
+    let to = Some((network, UlaPrefix::LENGTH + 24));
+    Ok(Route { to, via, link: link::index_of(embedded_link(way))?, is_on_link: true })
 }
 
 /// The tunnel's link, made when it is first needed.

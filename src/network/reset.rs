@@ -9,7 +9,7 @@ use super::conntrack::Conversation;
 use super::netlink::{ACK, Batch, DUMP, Socket};
 use std::collections::BTreeSet;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV4};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 const LIST: u16 = 20;
 const DESTROY: u16 = 21;
@@ -58,19 +58,19 @@ fn request(family: u8, id: &SocketId) -> Vec<u8> {
     bytes
 }
 
-/// Whose socket it is and whom it has asked; `None`: not over IPv4.
+/// Whose socket it is and whom it has asked.
 fn conversation(family: u8, id: &SocketId) -> Option<Conversation> {
     let port = |at: usize| Some(u16::from_be_bytes(id.get(at..at + 2)?.try_into().ok()?));
-    let address = |at: usize| -> Option<Ipv4Addr> {
+    let address = |at: usize| -> Option<IpAddr> {
         let bytes: [u8; 16] = id.get(at..at + 16)?.try_into().ok()?;
         match family == libc::AF_INET6 as u8 {
-            true => Ipv6Addr::from(bytes).to_ipv4_mapped(),
-            false => Some(Ipv4Addr::from(<[u8; 4]>::try_from(&bytes[..4]).ok()?)),
+            true => Some(Ipv6Addr::from(bytes).to_canonical()),
+            false => Some(Ipv4Addr::from(<[u8; 4]>::try_from(&bytes[..4]).ok()?).into()),
         }
     };
     Some(Conversation {
-        client: SocketAddrV4::new(address(4)?, port(0)?),
-        asked: SocketAddrV4::new(address(20)?, port(2)?),
+        client: SocketAddr::new(address(4)?, port(0)?),
+        asked: SocketAddr::new(address(20)?, port(2)?),
     })
 }
 
@@ -81,19 +81,14 @@ mod tests {
     use std::net::{SocketAddr, TcpListener, TcpStream};
     use std::time::Duration;
 
-    fn v4(address: SocketAddr) -> SocketAddrV4 {
-        match address {
-            SocketAddr::V4(address) => address,
-            SocketAddr::V6(address) => {
-                SocketAddrV4::new(address.ip().to_ipv4_mapped().expect("an IPv4 address"), address.port())
-            }
-        }
+    fn canonical(address: SocketAddr) -> SocketAddr {
+        SocketAddr::new(address.ip().to_canonical(), address.port())
     }
 
     fn end(conversations: &[(SocketAddr, SocketAddr)]) {
         let all = conversations
             .iter()
-            .map(|(client, asked)| Conversation { client: v4(*client), asked: v4(*asked) });
+            .map(|(client, asked)| Conversation { client: canonical(*client), asked: canonical(*asked) });
         reset(&all.collect()).expect("root, and a kernel with CONFIG_INET_DIAG_DESTROY");
     }
 
@@ -116,8 +111,8 @@ mod tests {
     #[test]
     fn a_client_whose_socket_is_for_both_families_is_told_too() {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let at = v4(listener.local_addr().unwrap());
-        let mapped = SocketAddr::from((at.ip().to_ipv6_mapped(), at.port()));
+        let mapped =
+            SocketAddr::from((Ipv4Addr::LOCALHOST.to_ipv6_mapped(), listener.local_addr().unwrap().port()));
         let mut waits = TcpStream::connect(mapped).unwrap();
         end(&[(waits.local_addr().unwrap(), mapped)]);
         assert_eq!(ending(&mut waits), std::io::ErrorKind::ConnectionAborted);

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 const ROOT: &str = "/proc/sys";
 pub const IP_FORWARD: &str = "net/ipv4/ip_forward";
+pub const IPV6_FORWARD: &str = "net/ipv6/conf/all/forwarding";
 
 pub fn set(name: &str, value: &'static str) -> Result<(), NetworkError> {
     let path = Path::new(ROOT).join(name);
@@ -44,23 +45,38 @@ impl Before {
             return Ok(());
         }
         text.push_str(&format!("{name} {old}\n"));
-        let new = self.file.with_extension("new");
-        fs::write(&new, text)?;
-        fs::rename(new, &self.file)
+        self.write(&text)
     }
 
-    /// Gives back what others don't need: forwarding stays for whoever else forwards here now.
-    pub fn restore(&self, is_forwarding_used: bool) -> io::Result<()> {
+    /// Gives back those whose names begin so; forwarding stays for whoever else forwards here now.
+    pub fn restore(&self, prefix: &str, is_forwarding_used: bool) -> io::Result<()> {
         let text = match fs::read_to_string(&self.file) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             text => text?,
         };
-        for (name, old) in entries(&text) {
-            if name != IP_FORWARD || !is_forwarding_used {
-                fs::write(Path::new(ROOT).join(name), old)?;
+        let (ours, others): (Vec<_>, Vec<_>) = entries(&text).partition(|(name, _)| name.starts_with(prefix));
+        for (name, old) in ours {
+            if is_forwarding_used && [IP_FORWARD, IPV6_FORWARD].contains(&name) {
+                continue;
+            }
+            match fs::write(Path::new(ROOT).join(name), old) {
+                // Of a link that is gone.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                outcome => outcome?,
             }
         }
-        fs::remove_file(&self.file)
+        match others.is_empty() {
+            true => fs::remove_file(&self.file),
+            false => {
+                self.write(&others.iter().map(|(name, old)| format!("{name} {old}\n")).collect::<String>())
+            }
+        }
+    }
+
+    fn write(&self, text: &str) -> io::Result<()> {
+        let new = self.file.with_extension("new");
+        fs::write(&new, text)?;
+        fs::rename(new, &self.file)
     }
 }
 

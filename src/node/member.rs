@@ -281,8 +281,8 @@ impl<'a> Run<'a> {
         let leases = keep_leases(self.node, self.start_id, ground.clone(), self.replica.handle().clone());
         self.tasks.push(self.executor.launch(leases));
         self.tasks.push(self.executor.launch(self.health.clone().run()));
-        let ranges = state.cluster().map(|cluster| (cluster.container_range, cluster.vip_range));
-        self.tasks.extend(ranges.map(|ranges| self.executor.launch(in_the_way::watch(ranges))));
+        let in_the_way = in_the_way::watch(self.replica.handle().clone());
+        self.tasks.push(self.executor.launch(in_the_way));
         let (leave, leaving) = async_channel::bounded(1);
         let api_listen = self.config.api_listen();
         let backend = Arc::new(Backend {
@@ -367,6 +367,7 @@ impl<'a> Run<'a> {
             container_range: cluster.container_range,
             number: row.number,
             vip_range: cluster.vip_range,
+            ula_prefix: UlaPrefix::of(cluster.id),
             own_ports: BTreeSet::from([self.config.listen().port(), self.config.api_listen().port()]),
             run_dir: self.config.run_dir(),
         })?);

@@ -40,7 +40,7 @@ pub use table::{RowChange, RowError, Table};
 
 use crate::model::{
     AppName, Artifact, Digest, Instance, InstanceId, Node, NodeId, PublicKey, SecretName, ServiceId,
-    Settings, Timestamp, TokenId,
+    Settings, Timestamp, TokenId, UlaPrefix,
 };
 use std::net::Ipv4Addr;
 
@@ -128,6 +128,11 @@ impl State {
 
     pub fn cluster_settings(&self) -> Settings {
         self.settings.find(&()).cloned().unwrap_or_default()
+    }
+
+    /// Of the containers' and services' IPv6 addresses, where the cluster has them.
+    pub fn ula_prefix(&self) -> Option<UlaPrefix> {
+        self.cluster().filter(|_| self.cluster_settings().has_ipv6).map(|cluster| UlaPrefix::of(cluster.id))
     }
 
     pub fn node_by_name(&self, name: &str) -> Option<&Node> {

@@ -212,6 +212,7 @@ fn old_backup(stage: &mut Stage) -> Result<()> {
 fn leave(stage: &mut Stage) -> Result<()> {
     stage.form(4)?;
     let yaml = "services:\n  db:\n    image: busy:1\n    stop_grace_period: 1s\n    volumes: [\"data:/data\"]\n    deploy: {placement: {constraints: [\"node.hostname == pi4\"]}}\nvolumes:\n  data: {}\n";
+    stage.cli(0, &["settings", "ipv6", "true"])?;
     stage.deploy(0, "ledger", yaml)?;
     for said in [stage.cli_refused(3, &["leave"], 1)?, stage.cli_refused(0, &["node", "rm", "pi4"], 1)?] {
         ensure!(
@@ -237,12 +238,13 @@ fn leave(stage: &mut Stage) -> Result<()> {
     let still = stage.lab.tags();
     let tag = tags.into_iter().find(|tag| !still.contains(tag)).context("pi4 had a tag")?;
     until("no rule, link, route or cgroup of it is left", Duration::from_secs(5), || {
-        const ALL: &str = "nft list ruleset && ip -o link && ip rule && ip route show table all";
+        const ALL: &str =
+            "nft list ruleset && ip -o link && ip rule && ip route show table all && ip -6 addr";
         let asked = stage.lab.nodes[3].inside(|| Command::new("sh").args(["-c", ALL]).output())?;
         let text = String::from_utf8_lossy(&asked.stdout).into_owned();
         ensure!(asked.status.success() && text.contains("eth0"), "{asked:?}");
         // Its links are called tdc0, tdx0, tdv-…, tdw-…; the ranges are those of containers and services.
-        for trace in ["tinydc", " td", "10.77.", "10.78."] {
+        for trace in ["tinydc", " td", "10.77.", "10.78.", ":a4d:", ":a4e:"] {
             ensure!(!text.contains(trace), "{trace}: {text}");
         }
         for setting in ["ip_forward", "conf/all/send_redirects", "conf/all/route_localnet"] {
@@ -251,6 +253,11 @@ fn leave(stage: &mut Stage) -> Result<()> {
             let before = fs::read_to_string(&path)?;
             let after = stage.lab.nodes[3].inside(move || fs::read_to_string(path))?;
             ensure!(after == before, "{setting} was {before} and is {after}");
+        }
+        for (setting, wanted) in [("all/forwarding", "0"), ("eth0/accept_ra", "1")] {
+            let path = Path::new("/proc/sys/net/ipv6/conf").join(setting);
+            let found = stage.lab.nodes[3].inside(move || fs::read_to_string(path))?;
+            ensure!(found.trim() == wanted, "{setting} is {found}");
         }
         let groups =
             Command::new("find").args(["/sys/fs/cgroup", "-maxdepth", "3", "-name", &tag]).output()?;

@@ -10,6 +10,7 @@ mod cable;
 mod certificates;
 mod crashes;
 mod deaths;
+mod dual_stack;
 mod durability;
 mod encryption;
 mod faults;
@@ -55,6 +56,7 @@ const SCENARIOS: &[&[Scenario]] = &[
     traffic::SCENARIOS,
     http_clients::SCENARIOS,
     deaths::SCENARIOS,
+    dual_stack::SCENARIOS,
     encryption::SCENARIOS,
     names::SCENARIOS,
     faults::SCENARIOS,

@@ -20,8 +20,8 @@ use tinydc::linux::{netns, packet};
 pub const CASES: &[Case] = &[Case {
     name: "wireguard",
     proves: "with encrypt two boards talk through their kernels' WireGuard: a connection between containers goes on while it \
-             is switched on, given new keys and switched off, and the LAN carries nothing of it in clear; a board whose \
-             kernel has none is named",
+             is switched on, given new keys and switched off, and the LAN carries nothing of it in clear; with ipv6 they \
+             talk by that, too; a board whose kernel has no WireGuard is named",
     run: wireguard,
 }];
 
@@ -250,6 +250,8 @@ fn wireguard(field: &mut Field) -> Result<()> {
     ensure!(change.marks == 0 && change.clear == 0, "read on the LAN at the change of keys: {change:?}");
     field.laptop(&["settings", "encrypt_rotation", "604800"])?;
     talk.check(field, "new keys")?;
+    field.laptop(&["settings", "ipv6", "true"])?;
+    talks_by_ipv6(field, "encrypted")?;
 
     let begin = Instant::now();
     field.laptop(&["settings", "encrypt", "false"])?;
@@ -258,8 +260,25 @@ fn wireguard(field: &mut Field) -> Result<()> {
     })?;
     field.note("changed back", begin);
     talk.check(field, "changed back")?;
+    talks_by_ipv6(field, "in clear")?;
     talk.end()?;
     refused_by_one_that_cannot(field)
+}
+
+/// By the service's IPv6 address, which is translated to the endpoint's.
+fn talks_by_ipv6(field: &mut Field, how: &str) -> Result<()> {
+    let body = field.laptop_json(&["net"])?;
+    let services = body["services"].as_array().cloned().unwrap_or_default();
+    let server = services.iter().find(|one| one["service"] == "server").context("the service is known")?;
+    let address = server["vip6"].as_str().context("it has an IPv6 address")?;
+    let line = format!("echo by six | /bin/busybox nc -w 5 {address} 9100");
+    let begin = Instant::now();
+    until(&format!("{address} answers, {how}"), LIMIT, || {
+        let answer = field.laptop(&["exec", "talk/client", "--", "/bin/busybox", "sh", "-c", &line]);
+        Ok(answer.is_ok_and(|text| text.trim() == "by six"))
+    })?;
+    field.note(&format!("by IPv6, {how}"), begin);
+    Ok(())
 }
 
 /// A board whose kernel has no WireGuard: it says so when it is asked, and nothing changes.

@@ -4,8 +4,8 @@ use argh::FromArgs;
 use serde_json::Value;
 
 use crate::api::wire::{
-    AddressWish, AddressesBody, CertificateBody, CheckBody, NetworkBody, NodeNetworkBody, ServiceNetworkBody,
-    StatusBody,
+    AddressWish, AddressesBody, CertificateBody, CheckBody, EndpointBody, NetworkBody, NodeNetworkBody,
+    ServiceNetworkBody, StatusBody,
 };
 use crate::cli::client::escape;
 use crate::cli::failure::Failure;
@@ -108,42 +108,38 @@ async fn show(session: &Session, app: Option<&str>) -> anyhow::Result<()> {
 fn services(services: &[ServiceNetworkBody]) {
     let mut table = Table::new(&["SERVICE", "ADDRESS", "PORTS", "ENDPOINT", "NODE", "STATE", "CONNECTIONS"]);
     for service in services {
-        let name = format!("{}/{}", service.app, service.service);
-        let mut first = Some((name.clone(), service.vip.clone(), service.ports.join(" ")));
-        if service.endpoints.is_empty() {
-            table.row([
-                name.into(),
-                (&service.vip).into(),
-                service.ports.join(" ").into(),
-                "".into(),
-                "".into(),
-                Cell::coloured("no instance", Colour::Red),
-                "".into(),
-            ]);
-        }
-        for endpoint in &service.endpoints {
-            let (name, vip, ports) = first.take().unwrap_or_default();
-            let state = match endpoint.state.as_str() {
-                "serving" => Cell::from("serving"),
-                other => Cell::coloured(other, Colour::Red),
+        let mut names =
+            Some((format!("{}/{}", service.app, service.service), service.ports.join(" "))).into_iter();
+        let mut addresses = std::iter::once(&service.vip).chain(&service.vip6);
+        let mut endpoints = service.endpoints.iter();
+        let lines = service.endpoints.len().max(1 + usize::from(service.vip6.is_some()));
+        for line in 0..lines {
+            let (name, ports) = names.next().unwrap_or_default();
+            let [endpoint, node, state, connections] = match endpoints.next() {
+                Some(endpoint) => endpoint_cells(endpoint),
+                None if line == 0 => {
+                    ["".into(), "".into(), Cell::coloured("no instance", Colour::Red), "".into()]
+                }
+                None => [const { "" }; 4].map(Cell::from),
             };
-            let slot = endpoint.instance.rsplit('.').next().unwrap_or_default();
-            let connections = endpoint.connections.map_or("?".to_owned(), |count| count.to_string());
-            table.row([
-                name.into(),
-                vip.into(),
-                ports.into(),
-                format!(".{slot} {}", endpoint.address).into(),
-                (&endpoint.node).into(),
-                state,
-                connections.into(),
-            ]);
+            let address = addresses.next().cloned().unwrap_or_default();
+            table.row([name.into(), address.into(), ports.into(), endpoint, node, state, connections]);
         }
     }
     match table.is_empty() {
         true => print_line("No services. Deploy an app: tinydc deploy"),
         false => table.print(),
     }
+}
+
+fn endpoint_cells(endpoint: &EndpointBody) -> [Cell; 4] {
+    let state = match endpoint.state.as_str() {
+        "serving" => Cell::from("serving"),
+        other => Cell::coloured(other, Colour::Red),
+    };
+    let slot = endpoint.instance.rsplit('.').next().unwrap_or_default();
+    let connections = endpoint.connections.map_or("?".to_owned(), |count| count.to_string());
+    [format!(".{slot} {}", endpoint.address).into(), (&endpoint.node).into(), state, connections.into()]
 }
 
 fn certificates(rows: &[CertificateBody]) {

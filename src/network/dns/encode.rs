@@ -5,11 +5,11 @@
 
 use super::resolve::{Answer, Data, TTL_SECONDS, Target};
 use super::wire::{self, Code, FLAG_AUTHORITATIVE, HEADER_BYTES, Query};
-use simple_dns::rdata::{A, HINFO, PTR, RData, SOA, SRV};
+use simple_dns::rdata::{A, AAAA, HINFO, PTR, RData, SOA, SRV};
 use simple_dns::{
     CLASS, CharacterString, Label, Name, Packet, QCLASS, QTYPE, Question, ResourceRecord, TYPE,
 };
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 /// `None`: upstream knows.
 pub fn encode(query: &Query<'_>, answer: &Answer, limit: usize) -> Option<Vec<u8>> {
@@ -58,8 +58,11 @@ fn record<'n>(name: Name<'n>, data: RData<'n>) -> ResourceRecord<'n> {
     ResourceRecord::new(name, CLASS::IN, TTL_SECONDS, data)
 }
 
-fn address(address: Ipv4Addr) -> RData<'static> {
-    RData::A(A { address: u32::from(address) })
+fn address(address: IpAddr) -> RData<'static> {
+    match address {
+        IpAddr::V4(address) => RData::A(A { address: u32::from(address) }),
+        IpAddr::V6(address) => RData::AAAA(AAAA { address: u128::from(address) }),
+    }
 }
 
 fn to_rdata(data: &Data) -> RData<'_> {

@@ -16,14 +16,14 @@
 use super::wire::{Question, class, kind};
 use super::zone::{Client, DOMAIN, Endpoint, Named, Owner, ServiceNames, ServicePort, Zone};
 use crate::model::{Order, Protocol};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Endpoints change within milliseconds; a client that asks twice a second is told soon.
 pub const TTL_SECONDS: u32 = 2;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Data {
-    Address(Ipv4Addr),
+    Address(IpAddr),
     Service {
         port: u16,
         target: String,
@@ -58,7 +58,7 @@ pub enum Answer {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
     pub name: String,
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
 }
 
 /// What is asked of a service.
@@ -74,6 +74,12 @@ enum Asker<'z> {
     Host,
     Container(&'z Client),
     Unknown,
+}
+
+/// A name, and its address of IPv4.
+struct Place {
+    name: String,
+    address: Ipv4Addr,
 }
 
 struct Found<'z> {
@@ -107,9 +113,11 @@ fn look_up(zone: &Zone, asker: Ipv4Addr, question: &Question) -> Answer {
     let name = question.name.as_str();
     if name == "localhost" || name.ends_with(".localhost") {
         // RFC 6761 6.3; upstream would be told who looks for what.
-        return addresses(vec![Ipv4Addr::LOCALHOST], question);
+        let all = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+        return addresses(all.into(), question);
     }
-    if let Some(address) = reverse_address(name) {
+    let embedded = || zone.table.ula_prefix?.extract(reverse_ipv6_address(name)?);
+    if let Some(address) = reverse_address(name).or_else(embedded) {
         return pointer(zone, &asker, address, question);
     }
     if name == DOMAIN {
@@ -121,7 +129,7 @@ fn look_up(zone: &Zone, asker: Ipv4Addr, question: &Question) -> Answer {
     };
     let (wish, inner) = split_port(inner);
     match find(zone, &asker, inner, is_full) {
-        Some(found) => answer(&found, wish.as_ref(), question),
+        Some(found) => answer(zone, &found, wish.as_ref(), question),
         None if matches!(asker, Asker::Unknown) && (is_full || is_own_label(inner, question)) => {
             Answer::TooEarly
         }
@@ -251,12 +259,12 @@ impl<'z> Found<'z> {
     }
 
     /// Addresses with the full name of each.
-    fn targets(&self, service: &'z ServiceNames) -> Vec<Target> {
+    fn places(&self, service: &'z ServiceNames) -> Vec<Place> {
         if let (Part::Whole, Some(vip)) = (self.part, service.vip) {
-            return vec![Target { name: service.full_name(), address: vip }];
+            return vec![Place { name: service.full_name(), address: vip }];
         }
         let own = self.endpoints().filter(|(owner, _)| std::ptr::eq(*owner, service));
-        own.map(|(_, endpoint)| Target {
+        own.map(|(_, endpoint)| Place {
             name: format!("{}.{}", endpoint.slot, service.full_name()),
             address: endpoint.address,
         })
@@ -264,7 +272,11 @@ impl<'z> Found<'z> {
     }
 }
 
-fn answer(found: &Found<'_>, wish: Option<&PortWish<'_>>, question: &Question) -> Answer {
+fn answer(zone: &Zone, found: &Found<'_>, wish: Option<&PortWish<'_>>, question: &Question) -> Answer {
+    let both = |address: Ipv4Addr| -> Vec<IpAddr> {
+        let embedded = zone.table.ula_prefix.map(|prefix| prefix.embed(address).into());
+        [Some(address.into()), embedded].into_iter().flatten().collect()
+    };
     let wanted = |port: &&ServicePort| wish.is_none_or(|wish| wish.is(port));
     if wish.is_some() && !found.services.iter().any(|service| service.ports.iter().any(|port| wanted(&port)))
     {
@@ -273,27 +285,29 @@ fn answer(found: &Found<'_>, wish: Option<&PortWish<'_>>, question: &Question) -
     if question.kind != kind::SRV {
         let all = match wish {
             Some(_) => Vec::new(),
-            None => found.services.iter().flat_map(|service| found.targets(service)).collect(),
+            None => found.services.iter().flat_map(|service| found.places(service)).collect(),
         };
-        return addresses(all.into_iter().map(|target| target.address).collect(), question);
+        return addresses(all.into_iter().flat_map(|place: Place| both(place.address)).collect(), question);
     }
     let (mut data, mut additional) = (Vec::new(), Vec::new());
     for service in &found.services {
         let ports: Vec<&ServicePort> = service.ports.iter().filter(wanted).collect();
-        for target in found.targets(service).into_iter().filter(|_| !ports.is_empty()) {
+        for place in found.places(service).into_iter().filter(|_| !ports.is_empty()) {
             let to_record =
-                |port: &&ServicePort| Data::Service { port: port.port, target: target.name.clone() };
+                |port: &&ServicePort| Data::Service { port: port.port, target: place.name.clone() };
             data.extend(ports.iter().map(to_record));
-            additional.push(target);
+            let target = |address| Target { name: place.name.clone(), address };
+            additional.extend(both(place.address).into_iter().map(target));
         }
     }
     if data.is_empty() { empty(question) } else { Answer::Found { data, additional } }
 }
 
 /// What a name with these addresses has of the type asked for.
-fn addresses(all: Vec<Ipv4Addr>, question: &Question) -> Answer {
+fn addresses(all: Vec<IpAddr>, question: &Question) -> Answer {
     let data: Vec<Data> = match question.kind {
-        kind::A => all.into_iter().map(Data::Address).collect(),
+        kind::A => all.into_iter().filter(IpAddr::is_ipv4).map(Data::Address).collect(),
+        kind::AAAA => all.into_iter().filter(IpAddr::is_ipv6).map(Data::Address).collect(),
         kind::ANY => vec![Data::Host],
         _ => Vec::new(),
     };
@@ -317,6 +331,17 @@ fn reverse_address(name: &str) -> Option<Ipv4Addr> {
         *octet = labels.next()?.parse().ok()?;
     }
     labels.next().is_none().then_some(Ipv4Addr::from(octets))
+}
+
+/// Thirty-two hexadecimal digits, the last one first, before `.ip6.arpa`.
+fn reverse_ipv6_address(name: &str) -> Option<Ipv6Addr> {
+    let mut labels = name.strip_suffix(".ip6.arpa")?.split('.');
+    let mut address = 0u128;
+    for shift in (0..128).step_by(4) {
+        let digit = labels.next().filter(|label| label.len() == 1)?;
+        address |= u128::from_str_radix(digit, 16).ok()? << shift;
+    }
+    labels.next().is_none().then_some(Ipv6Addr::from(address))
 }
 
 fn pointer(zone: &Zone, asker: &Asker<'_>, address: Ipv4Addr, question: &Question) -> Answer {
@@ -347,7 +372,7 @@ fn no_pointer(zone: &Zone, address: Ipv4Addr, question: &Question) -> Answer {
     }
 }
 
-/// `4.3.2.1.in-addr.arpa` → `2.1.in-addr.arpa`: our ranges are no smaller.
+/// `4.3.2.1.in-addr.arpa` → `2.1.in-addr.arpa`: our ranges are no smaller. Of IPv6 that is still within them.
 fn reverse_zone(name: &str) -> &str {
     name.splitn(3, '.').nth(2).unwrap_or(name)
 }

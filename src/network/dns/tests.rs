@@ -6,7 +6,7 @@ use super::resolve::{Answer, Data, TTL_SECONDS, resolve};
 use super::wire::{self, Code, Query, Question, class, kind};
 use super::zone::{Client, Endpoint, Range, ServiceNames, ServicePort, Zone, ZoneTable};
 use super::{DnsConfig, DnsServer, UpstreamSource};
-use crate::model::Protocol;
+use crate::model::{ClusterId, Protocol, UlaPrefix};
 use async_executor::Executor;
 use async_io::Async;
 use futures_lite::future;
@@ -76,16 +76,62 @@ fn zone() -> Zone {
     ]);
     let ranges =
         vec![Range { address: ip("10.77.0.0"), bits: 16 }, Range { address: ip("10.78.0.0"), bits: 16 }];
-    Zone::new(ZoneTable { clients, services, ranges, bridge: ip(HOST) })
+    Zone::new(ZoneTable { clients, services, ranges, bridge: ip(HOST), ula_prefix: None })
+}
+
+fn dual_stack_zone() -> Zone {
+    let cluster = ClusterId(0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10);
+    Zone::new(ZoneTable { ula_prefix: Some(UlaPrefix::of(cluster)), ..zone().table().clone() })
 }
 
 fn ask(asker: &str, name: &str, kind: u16) -> Answer {
-    resolve(&zone(), ip(asker), &Question { name: name.into(), kind, class: class::INTERNET })
+    ask_in(&zone(), asker, name, kind)
+}
+
+fn ask_in(zone: &Zone, asker: &str, name: &str, kind: u16) -> Answer {
+    resolve(zone, ip(asker), &Question { name: name.into(), kind, class: class::INTERNET })
+}
+
+#[test]
+fn with_ipv6_each_address_has_another_that_embeds_it() {
+    let zone = dual_stack_zone();
+    let at = |address: &str| {
+        let address = UlaPrefix::of(ClusterId(0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10)).embed(ip(address));
+        let digits: Vec<String> =
+            format!("{:032x}", u128::from(address)).chars().rev().map(String::from).collect();
+        format!("{}.ip6.arpa", digits.join("."))
+    };
+    let vip_name = at("10.78.0.3");
+    let endpoint_name = at("10.77.3.11");
+    for (asker, name, kind, wanted) in [
+        (BLOG, "web", kind::A, "10.78.0.3"),
+        (BLOG, "web", kind::AAAA, "fd01:203:405::a4e:3"),
+        (BLOG, "tasks.db", kind::AAAA, "fd01:203:405::a4d:40b fd01:203:405::a4d:40c"),
+        (BLOG, "3.db", kind::AAAA, "fd01:203:405::a4d:40d"),
+        (WEB, "db", kind::AAAA, "none"),
+        (BLOG, vip_name.as_str(), kind::PTR, "web.blog.tinydc.internal"),
+        (BLOG, endpoint_name.as_str(), kind::PTR, "1.web.blog.tinydc.internal"),
+        (WEB, vip_name.as_str(), kind::PTR, "none"),
+        (BLOG, at("10.77.9.9").as_str(), kind::PTR, "none"),
+        (BLOG, at("192.0.2.1").as_str(), kind::PTR, "up"),
+        (BLOG, "1.0.0.2.ip6.arpa", kind::PTR, "up"),
+    ] {
+        assert_eq!(in_short(ask_in(&zone, asker, name, kind)), wanted, "{name} {kind} by {asker}");
+    }
+    let Answer::Found { additional, .. } = ask_in(&zone, BLOG, "_http._tcp.web", kind::SRV) else {
+        panic!("there is a port");
+    };
+    let addresses: Vec<String> = additional.iter().map(|target| target.address.to_string()).collect();
+    assert_eq!(addresses, ["10.78.0.3", "fd01:203:405::a4e:3"]);
 }
 
 /// In one line: addresses, `empty`, `none`, `up` (asked upstream).
 fn short(asker: &str, name: &str, kind: u16) -> String {
-    match ask(asker, name, kind) {
+    in_short(ask(asker, name, kind))
+}
+
+fn in_short(answer: Answer) -> String {
+    match answer {
         Answer::Found { data, .. } => {
             let show = |data: &Data| match data {
                 Data::Address(address) => address.to_string(),
@@ -190,9 +236,8 @@ fn a_container_not_yet_listed_is_asked_to_come_again() {
 
 #[test]
 fn a_name_that_exists_is_never_said_not_to() {
-    const AAAA: u16 = 28;
-    for name in ["web", "tasks.web", "web.shop", "web.shop.tinydc.internal", "1.web", "localhost"] {
-        for kind in [AAAA, 15, 16, 65, 4711] {
+    for name in ["web", "tasks.web", "web.shop", "web.shop.tinydc.internal", "1.web"] {
+        for kind in [kind::AAAA, 15, 16, 65, 4711] {
             assert_eq!(short(WEB, name, kind), "empty", "{name} {kind}");
         }
         assert_eq!(short(WEB, name, kind::ANY), "hinfo");
@@ -217,6 +262,7 @@ fn what_is_not_ours_goes_upstream_and_single_labels_do_not() {
         ("", kind::NS, "up"),
         ("1.0.168.192.in-addr.arpa", kind::PTR, "up"),
         ("x.y.localhost", kind::A, "127.0.0.1"),
+        ("localhost", kind::AAAA, "::1"),
     ] {
         assert_eq!(short(WEB, name, kind), wanted, "{name}");
     }

@@ -28,6 +28,7 @@ pub mod kind {
     pub const NS: u16 = 2;
     pub const SOA: u16 = 6;
     pub const PTR: u16 = 12;
+    pub const AAAA: u16 = 28;
     pub const SRV: u16 = 33;
     pub const OPT: u16 = 41;
     pub const DS: u16 = 43;

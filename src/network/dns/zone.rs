@@ -3,7 +3,7 @@
 //! A `ZoneTable`, made by the agent from the state → a `Zone`. Names that stand for several services keep all of them,
 //! in the table's order: which one an asker means is decided in `resolve`.
 
-use crate::model::Protocol;
+use crate::model::{Protocol, UlaPrefix};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
@@ -74,6 +74,8 @@ pub struct ZoneTable {
     pub ranges: Vec<Range>,
     /// This node's address on its bridge: what its own processes ask from.
     pub bridge: Ipv4Addr,
+    /// Each address has one of IPv6 there, too.
+    pub ula_prefix: Option<UlaPrefix>,
 }
 
 impl Default for ZoneTable {
@@ -83,6 +85,7 @@ impl Default for ZoneTable {
             services: Vec::new(),
             ranges: Vec::new(),
             bridge: Ipv4Addr::UNSPECIFIED,
+            ula_prefix: None,
         }
     }
 }

@@ -4,12 +4,12 @@
 
 use super::super::netlink::{APPEND, Batch, CREATE, Socket};
 use super::table::TABLE;
+use crate::model::UlaPrefix;
 use std::io;
 use std::net::Ipv4Addr;
 
 /// An attribute's length has 16 bits: elements go in messages of this many.
 const ELEMENTS_PER_MESSAGE: usize = 256;
-const FAMILY_IPV4: u8 = 2;
 const SUBSYSTEM: u16 = 10 << 8;
 const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
@@ -22,27 +22,89 @@ const NEW_ELEMENT: u16 = SUBSYSTEM | 12;
 const DELETE_ELEMENT: u16 = SUBSYSTEM | 14;
 /// What `nft list` shows keys as.
 pub const TYPE_ADDRESS: u32 = 7;
+const TYPE_ADDRESS6: u32 = 8;
 pub const TYPE_PROTOCOL: u32 = 12;
 pub const TYPE_SERVICE: u32 = 13;
 pub const TYPE_MARK: u32 = 19;
 /// Of `meta`.
 const MARK: u32 = 3;
 
+/// Whose addresses a table is about. What is said in IPv4 addresses means, in a table of IPv6, those that embed them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    Ipv4,
+    Ipv6(UlaPrefix),
+}
+
+impl Family {
+    fn number(self) -> u8 {
+        match self {
+            Family::Ipv4 => libc::AF_INET as u8,
+            Family::Ipv6(_) => libc::AF_INET6 as u8,
+        }
+    }
+
+    pub fn is_ipv6(self) -> bool {
+        matches!(self, Family::Ipv6(_))
+    }
+
+    /// How many registers an address takes.
+    pub fn words(self) -> u32 {
+        if self.is_ipv6() { 4 } else { 1 }
+    }
+
+    fn address_bytes(self) -> u32 {
+        4 * self.words()
+    }
+
+    pub fn address(self, address: Ipv4Addr) -> Vec<u8> {
+        match self {
+            Family::Ipv4 => address.octets().into(),
+            Family::Ipv6(prefix) => prefix.embed(address).octets().into(),
+        }
+    }
+
+    /// The mask of a network, whose length is that of the IPv4 one.
+    fn network_mask(self, length: u8) -> Vec<u8> {
+        let mask = u32::MAX.checked_shl(32 - u32::from(length)).unwrap_or(0);
+        self.with_last(0xff, mask.to_be_bytes())
+    }
+
+    /// As long as an address, with these last bytes.
+    pub fn with_last(self, first: u8, last: [u8; 4]) -> Vec<u8> {
+        let mut bytes = vec![first; self.address_bytes() as usize - last.len()];
+        bytes.extend(last);
+        bytes
+    }
+
+    fn type_and_bytes(self, kind: u32) -> (u32, u32) {
+        match kind {
+            TYPE_ADDRESS if self.is_ipv6() => (TYPE_ADDRESS6, 16),
+            kind => (kind, 4),
+        }
+    }
+}
+
 fn header(family: u8, resource: u16) -> [u8; 4] {
     let [high, low] = resource.to_be_bytes();
     [family, 0, high, low]
 }
 
-fn concatenated(types: &[u32]) -> u32 {
-    types.iter().fold(0, |sum, kind| (sum << 6) | kind)
+/// Type and length of a key or value of several.
+fn concatenated(family: Family, types: &[u32]) -> (u32, u32) {
+    let all = types.iter().map(|kind| family.type_and_bytes(*kind));
+    all.fold((0, 0), |(types, bytes), (kind, length)| ((types << 6) | kind, bytes + length))
 }
 
 /// Expressions of one rule.
-pub struct Expressions<'a>(&'a mut Batch);
+pub struct Expressions<'a> {
+    batch: &'a mut Batch,
+    family: Family,
+}
 
 impl Expressions<'_> {
     fn add(&mut self, name: &str, fill: impl FnOnce(&mut Batch)) -> &mut Self {
-        self.0.nested(1, |batch| {
+        self.batch.nested(1, |batch| {
             batch.text(1, name).nested(2, fill);
         });
         self
@@ -55,11 +117,13 @@ impl Expressions<'_> {
     }
 
     pub fn source(&mut self, register: u32) -> &mut Self {
-        self.payload(1, 12, 4, register)
+        let offset = if self.family.is_ipv6() { 8 } else { 12 };
+        self.payload(1, offset, self.family.address_bytes(), register)
     }
 
     pub fn destination(&mut self, register: u32) -> &mut Self {
-        self.payload(1, 16, 4, register)
+        let offset = if self.family.is_ipv6() { 24 } else { 16 };
+        self.payload(1, offset, self.family.address_bytes(), register)
     }
 
     pub fn destination_port(&mut self, register: u32) -> &mut Self {
@@ -108,14 +172,33 @@ impl Expressions<'_> {
     }
 
     fn compare_network(&mut self, (address, length): Network4, is_in: bool) -> &mut Self {
-        let mask = u32::MAX.checked_shl(32 - u32::from(length)).unwrap_or(0);
-        self.mask(8, &mask.to_be_bytes());
-        self.compare(8, is_in, &(u32::from(address) & mask).to_be_bytes())
+        let mask = self.family.network_mask(length);
+        let network: Vec<u8> =
+            self.family.address(address).iter().zip(&mask).map(|(byte, mask)| byte & mask).collect();
+        self.mask(8, &mask);
+        self.compare(8, is_in, &network)
     }
 
     pub fn input_link(&mut self, name: &str, is_equal: bool) -> &mut Self {
         self.meta(6, 8);
         self.compare(8, is_equal, &link_name(name))
+    }
+
+    pub fn input_link_begins_with(&mut self, name: &str) -> &mut Self {
+        self.meta(6, 8);
+        self.compare(8, true, name.as_bytes())
+    }
+
+    /// Answers to the source would not leave by the link that it came in by.
+    pub fn source_is_elsewhere(&mut self) -> &mut Self {
+        const SOURCE: u32 = 1;
+        const INPUT_LINK: u32 = 8;
+        const WHETHER: u32 = 32;
+        const OUTPUT_LINK: u32 = 1;
+        self.add("fib", |b| {
+            b.big(3, SOURCE | INPUT_LINK | WHETHER).big(2, OUTPUT_LINK).big(1, 8);
+        });
+        self.compare(8, true, &[0; 4])
     }
 
     pub fn destination_is_local(&mut self) -> &mut Self {
@@ -136,8 +219,9 @@ impl Expressions<'_> {
     pub fn source_slot(&mut self, slots: u32, register: u32) -> &mut Self {
         const SEED: u32 = 0x7464_6330;
         self.source(register);
+        let length = self.family.address_bytes();
         self.add("hash", |b| {
-            b.big(1, register).big(2, register).big(3, 4).big(4, slots).big(5, SEED).big(7, 0);
+            b.big(1, register).big(2, register).big(3, length).big(4, slots).big(5, SEED).big(7, 0);
         })
     }
 
@@ -162,14 +246,16 @@ impl Expressions<'_> {
 
     /// To another address; the port stays.
     pub fn dnat_address(&mut self, address: u32) -> &mut Self {
+        let family = u32::from(self.family.number());
         self.add("nat", |b| {
-            b.big(1, 1).big(2, 2).big(3, address);
+            b.big(1, 1).big(2, family).big(3, address);
         })
     }
 
     pub fn dnat(&mut self, address: u32, port: u32) -> &mut Self {
+        let family = u32::from(self.family.number());
         self.add("nat", |b| {
-            b.big(1, 1).big(2, 2).big(3, address).big(5, port);
+            b.big(1, 1).big(2, family).big(3, address).big(5, port);
         })
     }
 
@@ -220,8 +306,9 @@ impl Expressions<'_> {
 
     /// ICMP port unreachable.
     pub fn reject(&mut self) -> &mut Self {
+        let port_unreachable = if self.family.is_ipv6() { 4 } else { 3 };
         self.add("reject", |b| {
-            b.big(1, 0).byte(2, 3);
+            b.big(1, 0).byte(2, port_unreachable);
         })
     }
 
@@ -316,18 +403,19 @@ pub type Element = (Vec<u8>, Vec<u8>);
 /// One transaction.
 pub struct Transaction {
     batch: Batch,
+    family: Family,
     sets: u32,
 }
 
 impl Transaction {
-    pub fn new() -> Transaction {
+    pub fn new(family: Family) -> Transaction {
         let mut batch = Batch::new();
         batch.message(BATCH_BEGIN, 0, &header(0, 10));
-        Transaction { batch, sets: 0 }
+        Transaction { batch, family, sets: 0 }
     }
 
     pub fn message(&mut self, kind: u16, flags: u16) -> &mut Batch {
-        self.batch.message(kind, flags, &header(FAMILY_IPV4, 0)).text(1, TABLE)
+        self.batch.message(kind, flags, &header(self.family.number(), 0)).text(1, TABLE)
     }
 
     pub fn map(&mut self, name: &str, key: &[u32], value: &[u32]) {
@@ -343,10 +431,12 @@ impl Transaction {
         self.sets += 1;
         let id = self.sets;
         let flags = if value.is_some() { MAP } else { 0 };
+        let (key, key_bytes) = concatenated(self.family, key);
+        let value = value.map(|value| concatenated(self.family, value));
         let batch = self.message(NEW_SET, CREATE).text(2, name).big(3, flags);
-        batch.big(4, concatenated(key)).big(5, 4 * key.len() as u32);
-        if let Some(value) = value {
-            batch.big(6, concatenated(value)).big(7, 4 * value.len() as u32);
+        batch.big(4, key).big(5, key_bytes);
+        if let Some((value, value_bytes)) = value {
+            batch.big(6, value).big(7, value_bytes);
         }
         batch.big(10, id);
     }
@@ -364,9 +454,10 @@ impl Transaction {
     }
 
     pub fn rule(&mut self, chain: &str, fill: impl FnOnce(&mut Expressions<'_>)) {
+        let family = self.family;
         self.message(NEW_RULE, CREATE | APPEND)
             .text(2, chain)
-            .nested(4, |batch| fill(&mut Expressions(batch)));
+            .nested(4, |batch| fill(&mut Expressions { batch, family }));
     }
 
     pub fn add(&mut self, set: &str, elements: &[Element]) {

@@ -3,4 +3,5 @@
 mod message;
 pub mod table;
 
+pub use message::Family;
 pub use table::{Neighbours, Shape, Table};

@@ -1,5 +1,8 @@
 //! The table `tinydc`: who answers for an address or a port, and who may talk to whom.
 //!
+//! There is one of IPv4 and, where the cluster has IPv6, one of that, which says the same of the addresses that embed
+//! those of IPv4. It has no published ports: a relay takes what comes to them on IPv6.
+//!
 //! ```text
 //! map vip { ipv4_addr . mark : ipv4_addr }                                       VIP . slot → endpoint
 //! map pub { inet_proto . inet_service . mark : ipv4_addr . inet_service }        port . slot → endpoint
@@ -20,10 +23,12 @@
 //! A change is one transaction, which the kernel takes whole or not at all, and touches only what changed. What is in
 //! the kernel serves on while no daemon runs; a daemon's first transaction replaces the table whole.
 
+use super::super::LINK_PREFIX;
 use super::super::netlink::{Socket, attributes};
+use super::super::overlay::VXLAN;
 use super::super::wireguard::Slot;
 use super::message::{
-    DELETE_TABLE, Element, Expressions, NEW_TABLE, Network4, TYPE_ADDRESS, TYPE_MARK, TYPE_PROTOCOL,
+    DELETE_TABLE, Element, Expressions, Family, NEW_TABLE, Network4, TYPE_ADDRESS, TYPE_MARK, TYPE_PROTOCOL,
     TYPE_SERVICE, Transaction,
 };
 use crate::model::{Gather, Protocol};
@@ -37,6 +42,8 @@ const FEW_SLOTS: u32 = 60;
 const FEW_ENDPOINTS: usize = 6;
 /// Divisible by 1 to 8. Shares of 64 endpoints differ by a twelfth.
 const MANY_SLOTS: u32 = 840;
+/// By which other nodes' containers come in with addresses of IPv6.
+const TUNNELS: [&str; 3] = [VXLAN, Slot::First.link_name(), Slot::Second.link_name()];
 const TCP: u8 = libc::IPPROTO_TCP as u8;
 const UDP: u8 = libc::IPPROTO_UDP as u8;
 
@@ -98,13 +105,16 @@ pub struct Neighbours {
 }
 
 impl Neighbours {
-    fn sets(&self) -> [(&'static str, &BTreeSet<Ipv4Addr>); 3] {
-        [("peers", &self.peers), ("sealed", &self.sealed), ("doors", &self.doors)]
+    /// The nodes' own addresses are of IPv4.
+    fn sets(&self, family: Family) -> Vec<(&'static str, &BTreeSet<Ipv4Addr>)> {
+        let all = [("sealed", &self.sealed), ("peers", &self.peers), ("doors", &self.doors)];
+        all.into_iter().take(if family.is_ipv6() { 1 } else { 3 }).collect()
     }
 }
 
 /// The table as this run has made it.
 pub struct Table {
+    family: Family,
     shape: Shape,
     applied: Option<Wanted>,
     neighbours: Neighbours,
@@ -113,17 +123,17 @@ pub struct Table {
 }
 
 impl Table {
-    pub fn new(shape: Shape) -> Table {
-        Table { shape, applied: None, neighbours: Neighbours::default(), has_hash: true }
+    pub fn new(family: Family, shape: Shape) -> Table {
+        Table { family, shape, applied: None, neighbours: Neighbours::default(), has_hash: true }
     }
 
     /// Brings the kernel's table to `wanted`.
     pub fn apply(&mut self, socket: &Socket, wanted: &Wanted) -> io::Result<()> {
         if let Some(applied) = &self.applied {
-            let mut change = Transaction::new();
+            let mut change = Transaction::new(self.family);
             // There already, unless the table is gone: then the change fails, also one that changes nothing.
             change.chain("refuse");
-            put_changes(&mut change, applied, wanted);
+            put_changes(&mut change, self.family, applied, wanted);
             if change.commit(socket).is_ok() {
                 self.applied = Some(wanted.clone());
                 return Ok(());
@@ -145,8 +155,8 @@ impl Table {
     /// Tells where the other nodes are.
     pub fn set_neighbours(&mut self, socket: &Socket, neighbours: Neighbours) {
         if self.applied.is_some() && neighbours != self.neighbours {
-            let mut change = Transaction::new();
-            put_neighbours(&mut change, &self.neighbours, &neighbours);
+            let mut change = Transaction::new(self.family);
+            put_neighbours(&mut change, self.family, &self.neighbours, &neighbours);
             if change.commit(socket).is_err() {
                 // Made anew with the next change.
                 self.applied = None;
@@ -156,39 +166,52 @@ impl Table {
     }
 
     fn replace(&self, socket: &Socket, wanted: &Wanted) -> io::Result<()> {
-        let mut all = Transaction::new();
+        let mut all = Transaction::new(self.family);
         all.message(NEW_TABLE, super::super::netlink::CREATE);
         all.message(DELETE_TABLE, 0);
         all.message(NEW_TABLE, super::super::netlink::CREATE);
-        make_sets(&mut all);
+        make_sets(&mut all, self.family);
         self.make_balancing(&mut all);
         self.make_masquerading(&mut all);
         self.make_isolation(&mut all);
+        self.make_source_checks(&mut all);
         self.make_filters(&mut all);
         self.make_local_filters(&mut all);
-        put_changes(&mut all, &Wanted::default(), wanted);
-        put_neighbours(&mut all, &Neighbours::default(), &self.neighbours);
+        put_changes(&mut all, self.family, &Wanted::default(), wanted);
+        put_neighbours(&mut all, self.family, &Neighbours::default(), &self.neighbours);
         all.commit(socket)
     }
 
     fn make_balancing(&self, all: &mut Transaction) {
         let shape = &self.shape;
+        let slot = 8 + self.family.words();
+        let endpoint = slot + 1;
         all.chain("lb");
-        all.rule("lb", |rule| {
-            rule.destination_in(shape.vips, true).destination(8).random_slot(FEW_SLOTS, 9);
-            rule.look_up("vip", 8, 10).dnat_address(10);
-        });
-        all.rule("lb", |rule| {
-            rule.destination_in(shape.vips, true).destination(8).random_slot(MANY_SLOTS, 9);
-            rule.look_up("vip_many", 8, 10).dnat_address(10);
-        });
+        for (map, slots) in [("vip", FEW_SLOTS), ("vip_many", MANY_SLOTS)] {
+            all.rule("lb", |rule| {
+                rule.destination_in(shape.vips, true).destination(8).random_slot(slots, slot);
+                rule.look_up(map, 8, endpoint).dnat_address(endpoint);
+            });
+        }
         all.rule("lb", |rule| {
             rule.destination_in(shape.vips, true).destination(8);
-            self.pinned_slot(rule, 9).look_up("vip_pinned", 8, 10).dnat_address(10);
+            self.pinned_slot(rule, slot).look_up("vip_pinned", 8, endpoint).dnat_address(endpoint);
         });
+        if !self.family.is_ipv6() {
+            self.make_port_balancing(all);
+        }
+        for (chain, hook) in [("pre", 0), ("out", 3)] {
+            all.base_chain(chain, "nat", hook, -100);
+            all.rule(chain, |rule| {
+                rule.jump("lb");
+            });
+        }
+    }
+
+    fn make_port_balancing(&self, all: &mut Transaction) {
         // The bridge's address is the name server's.
         all.rule("lb", |rule| {
-            rule.destination_in(shape.cluster, true).return_();
+            rule.destination_in(self.shape.cluster, true).return_();
         });
         for (map, slots) in [("pub_at", FEW_SLOTS), ("pub_at_many", MANY_SLOTS)] {
             all.rule("lb", |rule| {
@@ -206,12 +229,6 @@ impl Table {
             rule.destination_is_local().layer4_protocol(8).destination_port(9);
             self.pinned_slot(rule, 10).look_up("pub_pinned", 8, 12).dnat(12, 13);
         });
-        for (chain, hook) in [("pre", 0), ("out", 3)] {
-            all.base_chain(chain, "nat", hook, -100);
-            all.rule(chain, |rule| {
-                rule.jump("lb");
-            });
-        }
     }
 
     fn pinned_slot<'a, 'b>(&self, rule: &'a mut Expressions<'b>, register: u32) -> &'a mut Expressions<'b> {
@@ -226,11 +243,14 @@ impl Table {
         all.base_chain("post", "nat", 4, 100);
         // A container that reaches itself by its service's address.
         all.rule("post", |rule| {
-            rule.source(8).destination(9).is_in_set("local", 8).masquerade();
+            rule.source(8).destination(8 + self.family.words()).is_in_set("local", 8).masquerade();
         });
         all.rule("post", |rule| {
             rule.source_in(shape.node, true).destination_in(shape.cluster, false).masquerade();
         });
+        if self.family.is_ipv6() {
+            return;
+        }
         all.rule("post", |rule| {
             rule.was_dnat().source_in((Ipv4Addr::LOCALHOST, 8), true).masquerade();
         });
@@ -244,7 +264,6 @@ impl Table {
     }
 
     fn make_isolation(&self, all: &mut Transaction) {
-        let shape = &self.shape;
         all.chain("isolate");
         all.chain("reached");
         all.rule("reached", |rule| {
@@ -263,23 +282,14 @@ impl Table {
         all.rule("isolate", |rule| {
             rule.value(8, 0).set_mark(8);
         });
-        // Asked for by a node's address: published, so open to everyone.
-        all.chain("published");
-        for side in [Side::Source, Side::Destination] {
-            all.rule("published", |rule| {
-                side.address(rule, 8).is_in_set("inner", 8).jump("refuse");
-            });
+        if !self.family.is_ipv6() {
+            self.make_published(all);
         }
-        all.rule("isolate", |rule| {
-            rule.was_dnat().original_destination_in(shape.vips, false).jump("published");
-        });
-        all.rule("isolate", |rule| {
-            rule.was_dnat().original_destination_in(shape.vips, false).return_();
-        });
         // Nodes themselves have the addresses that end in 0 and 1. They may come to containers, who answer them and begin
         // nothing: what another node has for its own containers is not for those of this one.
         let is_node = |side: Side, rule: &mut Expressions<'_>| {
-            side.address(rule, 8).mask(8, &[0, 0, 0, 254]).compare(8, true, &[0; 4]);
+            let zero = self.family.with_last(0, [0; 4]);
+            side.address(rule, 8).mask(8, &self.family.with_last(0, [0, 0, 0, 254])).compare(8, true, &zero);
         };
         all.rule("isolate", |rule| {
             is_node(Side::Source, rule);
@@ -298,19 +308,58 @@ impl Table {
         });
     }
 
-    fn make_filters(&self, all: &mut Transaction) {
+    /// Asked for by a node's address: published, so open to everyone.
+    fn make_published(&self, all: &mut Transaction) {
         let shape = &self.shape;
-        // Loopback is routed (see `Network::open`), but nothing comes to it from outside.
-        all.base_chain("raw", "filter", 0, -300);
-        all.rule("raw", |rule| {
-            rule.input_link("lo", false).destination_in((Ipv4Addr::LOCALHOST, 8), true).drop();
+        all.chain("published");
+        for side in [Side::Source, Side::Destination] {
+            all.rule("published", |rule| {
+                side.address(rule, 8).is_in_set("inner", 8).jump("refuse");
+            });
+        }
+        all.rule("isolate", |rule| {
+            rule.was_dnat().original_destination_in(shape.vips, false).jump("published");
         });
+        all.rule("isolate", |rule| {
+            rule.was_dnat().original_destination_in(shape.vips, false).return_();
+        });
+    }
+
+    /// What nobody may have sent from where it came.
+    fn make_source_checks(&self, all: &mut Transaction) {
+        let shape = &self.shape;
+        all.base_chain("raw", "filter", 0, -300);
+        if self.family.is_ipv6() {
+            // As rp_filter does it for IPv4. Ways change at another moment than those of the other node.
+            for is_container in [true, false] {
+                all.rule("raw", |rule| {
+                    match is_container {
+                        true => rule.input_link_begins_with(LINK_PREFIX),
+                        false => rule.source_in(shape.cluster, true),
+                    };
+                    for tunnel in TUNNELS {
+                        rule.input_link(tunnel, false);
+                    }
+                    rule.input_link("lo", false).source_is_elsewhere().drop();
+                });
+            }
+        } else {
+            // Loopback is routed (see `Network::open`), but nothing comes to it from outside.
+            all.rule("raw", |rule| {
+                rule.input_link("lo", false).destination_in((Ipv4Addr::LOCALHOST, 8), true).drop();
+            });
+        }
         all.rule("raw", |rule| {
             for slot in Slot::ALL {
                 rule.input_link(slot.link_name(), false);
             }
-            rule.source(8).mask(8, &[255, 255, 255, 0]).is_in_set("sealed", 8).drop();
+            rule.source(8).mask(8, &self.family.with_last(255, [255, 255, 255, 0]));
+            rule.is_in_set("sealed", 8).drop();
         });
+    }
+
+    fn make_filters(&self, all: &mut Transaction) {
+        let shape = &self.shape;
         all.base_chain("forward", "filter", 2, 0);
         all.rule("forward", |rule| {
             rule.is_protocol(TCP).clamp_segment_size();
@@ -321,10 +370,13 @@ impl Table {
         for protocol in [TCP, UDP] {
             for port in &shape.own_ports {
                 all.rule("forward", |rule| {
-                    rule.source_in(shape.node, true)
-                        .destination(8)
-                        .is_in_set("doors", 8)
-                        .is_protocol(protocol);
+                    rule.source_in(shape.node, true);
+                    match self.family {
+                        Family::Ipv4 => rule.destination(8).is_in_set("doors", 8),
+                        // Nodes' own addresses of IPv6 are not known.
+                        Family::Ipv6(_) => rule.destination_in(shape.cluster, false),
+                    };
+                    rule.is_protocol(protocol);
                     rule.destination_port(8).compare(8, true, &port.to_be_bytes()).jump("refuse");
                 });
             }
@@ -341,7 +393,10 @@ impl Table {
         // From outside containers are reached by published ports only, not by whoever knows a route.
         all.rule("forward", |rule| {
             rule.destination_in(shape.cluster, true).source_in(shape.cluster, false);
-            rule.source(8).is_not_in_set("peers", 8).is_new().was_not_dnat().jump("refuse");
+            if !self.family.is_ipv6() {
+                rule.source(8).is_not_in_set("peers", 8);
+            }
+            rule.is_new().was_not_dnat().jump("refuse");
         });
     }
 
@@ -366,6 +421,9 @@ impl Table {
                 rule.source(8).is_in_set("inner", 8).is_protocol(protocol);
                 rule.destination_port(8).compare(8, false, &53u16.to_be_bytes()).jump("refuse");
             });
+        }
+        if self.family.is_ipv6() {
+            return;
         }
         // Published, and nobody answers: refused at once. The bridge's own ports are not the published ones.
         all.rule("input", |rule| {
@@ -394,26 +452,18 @@ impl Side {
     }
 }
 
-fn make_sets(all: &mut Transaction) {
-    let endpoint = [TYPE_ADDRESS, TYPE_SERVICE];
+fn make_sets(all: &mut Transaction, family: Family) {
     for name in ["vip", "vip_many", "vip_pinned"] {
         all.map(name, &[TYPE_ADDRESS, TYPE_MARK], &[TYPE_ADDRESS]);
-    }
-    for name in ["pub", "pub_many", "pub_pinned"] {
-        all.map(name, &[TYPE_PROTOCOL, TYPE_SERVICE, TYPE_MARK], &endpoint);
-    }
-    for name in ["pub_at", "pub_at_many"] {
-        all.map(name, &[TYPE_ADDRESS, TYPE_PROTOCOL, TYPE_SERVICE, TYPE_MARK], &endpoint);
     }
     all.map("class", &[TYPE_ADDRESS], &[TYPE_MARK]);
     all.set("reach", &[TYPE_MARK, TYPE_ADDRESS]);
     all.set("inner", &[TYPE_ADDRESS]);
-    all.set("peers", &[TYPE_ADDRESS]);
     all.set("sealed", &[TYPE_ADDRESS]);
-    all.set("doors", &[TYPE_ADDRESS]);
     all.set("local", &[TYPE_ADDRESS, TYPE_ADDRESS]);
-    all.set("held", &[TYPE_PROTOCOL, TYPE_SERVICE]);
-    all.set("held_at", &[TYPE_ADDRESS, TYPE_PROTOCOL, TYPE_SERVICE]);
+    if !family.is_ipv6() {
+        make_port_sets(all);
+    }
     all.chain("refuse");
     all.rule("refuse", |rule| {
         rule.is_protocol(TCP).reset();
@@ -423,8 +473,22 @@ fn make_sets(all: &mut Transaction) {
     });
 }
 
-pub fn delete_table(socket: &Socket) -> io::Result<()> {
-    let mut all = Transaction::new();
+fn make_port_sets(all: &mut Transaction) {
+    let endpoint = [TYPE_ADDRESS, TYPE_SERVICE];
+    for name in ["pub", "pub_many", "pub_pinned"] {
+        all.map(name, &[TYPE_PROTOCOL, TYPE_SERVICE, TYPE_MARK], &endpoint);
+    }
+    for name in ["pub_at", "pub_at_many"] {
+        all.map(name, &[TYPE_ADDRESS, TYPE_PROTOCOL, TYPE_SERVICE, TYPE_MARK], &endpoint);
+    }
+    all.set("peers", &[TYPE_ADDRESS]);
+    all.set("doors", &[TYPE_ADDRESS]);
+    all.set("held", &[TYPE_PROTOCOL, TYPE_SERVICE]);
+    all.set("held_at", &[TYPE_ADDRESS, TYPE_PROTOCOL, TYPE_SERVICE]);
+}
+
+pub fn delete_table(socket: &Socket, family: Family) -> io::Result<()> {
+    let mut all = Transaction::new(family);
     // Making it first makes deleting a missing one no error.
     all.message(NEW_TABLE, super::super::netlink::CREATE);
     all.message(DELETE_TABLE, 0);
@@ -439,19 +503,22 @@ pub fn is_deletion(kind: u16, body: &[u8]) -> bool {
 }
 
 /// Elements to remove and to add, by set.
-fn put_changes(change: &mut Transaction, old: &Wanted, new: &Wanted) {
-    put_rows(change, &old.vips, &new.vips, |vip, row| (vip_map(row), vip_elements(*vip, row)));
-    put_rows(change, &old.ports, &new.ports, |key, row| (port_map(key, row), port_elements(key, row)));
+fn put_changes(change: &mut Transaction, family: Family, old: &Wanted, new: &Wanted) {
+    let bytes = |address: &Ipv4Addr| family.address(*address);
+    put_rows(change, &old.vips, &new.vips, |vip, row| (vip_map(row), vip_elements(family, *vip, row)));
     put_rows(change, &old.classes, &new.classes, |address, class| {
-        ("class", vec![(address.octets().to_vec(), class.to_ne_bytes().to_vec())])
+        ("class", vec![(bytes(address), class.to_ne_bytes().to_vec())])
     });
     put_set(change, "reach", &old.reach, &new.reach, |(class, address)| {
-        [class.to_ne_bytes(), address.octets()].concat()
+        [class.to_ne_bytes().to_vec(), bytes(address)].concat()
     });
-    put_set(change, "inner", &old.inner, &new.inner, |address| address.octets().to_vec());
-    put_set(change, "local", &old.local, &new.local, |address| address.octets().repeat(2));
-    put_set(change, "held", &held(old, false), &held(new, false), held_bytes);
-    put_set(change, "held_at", &held(old, true), &held(new, true), held_bytes);
+    put_set(change, "inner", &old.inner, &new.inner, bytes);
+    put_set(change, "local", &old.local, &new.local, |address| bytes(address).repeat(2));
+    if !family.is_ipv6() {
+        put_rows(change, &old.ports, &new.ports, |key, row| (port_map(key, row), port_elements(key, row)));
+        put_set(change, "held", &held(old, false), &held(new, false), held_bytes);
+        put_set(change, "held_at", &held(old, true), &held(new, true), held_bytes);
+    }
 }
 
 fn held(wanted: &Wanted, has_address: bool) -> BTreeSet<PortKey> {
@@ -504,21 +571,18 @@ fn put_set<T: Ord>(
     change.add(name, &elements(new.difference(old).collect()));
 }
 
-fn put_neighbours(change: &mut Transaction, old: &Neighbours, new: &Neighbours) {
-    for ((name, old), (_, new)) in old.sets().into_iter().zip(new.sets()) {
-        put_addresses(change, name, old, new);
+fn put_neighbours(change: &mut Transaction, family: Family, old: &Neighbours, new: &Neighbours) {
+    for ((name, old), (_, new)) in old.sets(family).into_iter().zip(new.sets(family)) {
+        put_set(change, name, old, new, |address| family.address(*address));
     }
 }
 
-fn put_addresses(change: &mut Transaction, name: &str, old: &BTreeSet<Ipv4Addr>, new: &BTreeSet<Ipv4Addr>) {
-    put_set(change, name, old, new, |address| address.octets().to_vec());
-}
-
-fn vip_elements(vip: Ipv4Addr, row: &VipRow) -> Vec<Element> {
-    slots(&row.endpoints, row.is_pinned)
-        .into_iter()
-        .map(|(slot, endpoint)| ([vip.octets(), slot.to_ne_bytes()].concat(), endpoint.octets().to_vec()))
-        .collect()
+fn vip_elements(family: Family, vip: Ipv4Addr, row: &VipRow) -> Vec<Element> {
+    let element = |(slot, endpoint): (u32, Ipv4Addr)| {
+        let key = [family.address(vip), slot.to_ne_bytes().to_vec()].concat();
+        (key, family.address(endpoint))
+    };
+    slots(&row.endpoints, row.is_pinned).into_iter().map(element).collect()
 }
 
 fn vip_map(row: &VipRow) -> &'static str {

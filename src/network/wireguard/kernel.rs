@@ -3,6 +3,7 @@
 use super::super::link;
 use super::super::netlink::{ACK, Batch, DUMP, Socket, attributes};
 use super::{PublicKey, TunnelPeer};
+use crate::model::UlaPrefix;
 use std::io;
 
 const CONTROL_FAMILY: u16 = 16;
@@ -67,6 +68,12 @@ impl Device {
                 batch.nested(LIST_ITEM, |batch| {
                     batch.attribute(ALLOWED_FAMILY, &(libc::AF_INET as u16).to_ne_bytes());
                     batch.attribute(ALLOWED_ADDRESS, &peer.network.octets()).byte(ALLOWED_LENGTH, 24);
+                });
+                batch.nested(LIST_ITEM, |batch| {
+                    let network = peer.ula_prefix.embed(peer.network);
+                    batch.attribute(ALLOWED_FAMILY, &(libc::AF_INET6 as u16).to_ne_bytes());
+                    batch.attribute(ALLOWED_ADDRESS, &network.octets());
+                    batch.byte(ALLOWED_LENGTH, UlaPrefix::LENGTH + 24);
                 });
             });
         })

@@ -12,6 +12,7 @@ mod userspace;
 use super::link;
 use super::netlink::Socket;
 use crate::linux::tun;
+use crate::model::UlaPrefix;
 use boringtun::x25519;
 use ring::rand::{SecureRandom, SystemRandom};
 use std::io;
@@ -32,7 +33,7 @@ pub enum Slot {
 impl Slot {
     pub const ALL: [Slot; 2] = [Slot::First, Slot::Second];
 
-    pub fn link_name(self) -> &'static str {
+    pub const fn link_name(self) -> &'static str {
         match self {
             Slot::First => "tdw0",
             Slot::Second => "tdw1",
@@ -54,6 +55,8 @@ pub struct TunnelPeer {
     pub endpoint: SocketAddrV4,
     /// The /24 of its containers: it may send from there, and gets what goes there.
     pub network: Ipv4Addr,
+    /// And from the addresses that embed those.
+    pub ula_prefix: UlaPrefix,
 }
 
 #[derive(Debug, thiserror::Error)]

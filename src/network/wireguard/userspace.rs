@@ -92,6 +92,17 @@ impl Drop for Userspace {
     }
 }
 
+impl TunnelPeer {
+    /// Whether it may send from there.
+    fn has(&self, address: IpAddr) -> bool {
+        let address = match address {
+            IpAddr::V4(address) => Some(address),
+            IpAddr::V6(address) => self.ula_prefix.extract(address),
+        };
+        address.is_some_and(|own| first_three(own.octets()) == first_three(self.network.octets()))
+    }
+}
+
 struct Peer {
     known: TunnelPeer,
     index: u32,
@@ -197,9 +208,8 @@ impl Engine {
                 Err(_) => return false,
             };
             let packet = &packet[..length];
-            let Some(IpAddr::V4(to)) = Tunn::dst_address(packet) else { continue };
-            let Some(place) = self.by_network.get(&first_three(to.octets())) else { continue };
-            let peer = &mut self.peers[*place];
+            let Some(place) = Tunn::dst_address(packet).and_then(|to| self.peer_at(to)) else { continue };
+            let peer = &mut self.peers[place];
             if let TunnResult::WriteToNetwork(sealed) = peer.session.encapsulate(packet, buffer) {
                 if peer.session.time_since_last_handshake().is_none() {
                     peer.begun = Some(Instant::now());
@@ -208,6 +218,15 @@ impl Engine {
             }
         }
         true
+    }
+
+    fn peer_at(&self, address: IpAddr) -> Option<usize> {
+        let address = match address {
+            IpAddr::V4(address) => address,
+            // One cluster, one prefix.
+            IpAddr::V6(address) => self.peers.first()?.known.ula_prefix.extract(address)?,
+        };
+        self.by_network.get(&first_three(address.octets())).copied()
     }
 
     /// From other nodes to containers here.
@@ -226,9 +245,12 @@ impl Engine {
                 send(&self.socket, answer, from);
                 outcome = peer.session.decapsulate(None, &[], buffer);
             }
-            if let TunnResult::WriteToTunnelV4(opened, sender) = outcome
-                && first_three(sender.octets()) == first_three(peer.known.network.octets())
-            {
+            let (opened, sender): (_, IpAddr) = match outcome {
+                TunnResult::WriteToTunnelV4(opened, sender) => (opened, sender.into()),
+                TunnResult::WriteToTunnelV6(opened, sender) => (opened, sender.into()),
+                _ => continue,
+            };
+            if peer.known.has(sender) {
                 // A full queue drops it, as an interface does.
                 let _ = rustix::io::write(&self.tun, opened);
             }
@@ -296,6 +318,7 @@ fn first_three([first, second, third, _]: [u8; 4]) -> [u8; 3] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::{ClusterId, UlaPrefix};
 
     fn engine(secret: u8) -> Engine {
         let private = x25519::StaticSecret::from([secret; 32]);
@@ -319,7 +342,12 @@ mod tests {
 
     fn known(of: &Engine, number: u8) -> TunnelPeer {
         let SocketAddr::V4(endpoint) = of.socket.local_addr().unwrap() else { panic!("an IPv4 socket") };
-        TunnelPeer { public_key: of.public.to_bytes(), endpoint, network: Ipv4Addr::new(10, 77, number, 0) }
+        TunnelPeer {
+            public_key: of.public.to_bytes(),
+            endpoint,
+            network: Ipv4Addr::new(10, 77, number, 0),
+            ula_prefix: UlaPrefix::of(ClusterId(7)),
+        }
     }
 
     #[test]
