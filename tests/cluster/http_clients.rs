@@ -25,7 +25,11 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// Echoes by WebSocket, and says to a plain GET whom it was told of.
 const ECHO: &str = r#"
-import asyncio, http, sys, websockets
+import asyncio, http, sys
+try:
+    from websockets.legacy.server import serve
+except ImportError:
+    from websockets import serve
 async def echo(socket):
     async for message in socket:
         await socket.send(message)
@@ -34,7 +38,7 @@ async def plain(path, headers):
         told = " ".join("%s=%s" % (name, headers.get(name)) for name in ("x-forwarded-for", "x-forwarded-proto", "host"))
         return http.HTTPStatus.OK, [], told.encode()
 async def main():
-    async with websockets.serve(echo, "0.0.0.0", int(sys.argv[1]), max_size=None, process_request=plain):
+    async with serve(echo, "0.0.0.0", int(sys.argv[1]), max_size=None, process_request=plain):
         await asyncio.Future()
 asyncio.run(main())
 "#;
@@ -54,11 +58,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 http.server.ThreadingHTTPServer(("0.0.0.0", int(sys.argv[1])), Handler).serve_forever()
 "#;
 const ECHO_CLIENT: &str = r#"
-import asyncio, ssl, sys, websockets
+import asyncio, ssl, sys
+try:
+    from websockets.legacy.client import connect
+except ImportError:
+    from websockets import connect
 async def main():
     address, root = sys.argv[1:3]
     for uri, port, tls in (("ws://ws.test/echo", 80, None), ("wss://ws.test/echo", 443, ssl.create_default_context(cafile=root))):
-        async with websockets.connect(uri, host=address, port=port, ssl=tls, server_hostname=tls and "ws.test", max_size=None) as socket:
+        async with connect(uri, host=address, port=port, ssl=tls, server_hostname=tls and "ws.test", max_size=None) as socket:
             for size in (0, 1, 125, 126, 65535, 65536, 1 << 20):
                 await socket.send(bytes(size))
                 assert await socket.recv() == bytes(size), size
@@ -66,7 +74,7 @@ async def main():
             assert await socket.recv() == "a word"
             await (await socket.ping())
         print(uri, "passed")
-asyncio.run(main())
+asyncio.run(asyncio.wait_for(main(), 30))
 "#;
 
 /// A program that ends with the scenario.
@@ -127,13 +135,17 @@ impl Client {
         Ok(())
     }
 
+    fn posts(&self, node: Ipv4Addr, header: &str, body: &str) -> Result<String> {
+        let code = ["-o", "/dev/null", "-w", "%{http_code}", "-H", header, "--data-binary", body];
+        self.curl(node, &[code.as_slice(), &["http://up.test/"]].concat())
+    }
+
     /// Bodies of a known length and of an unknown one.
     fn is_limited(&self, node: Ipv4Addr, small: &str, big: &str) -> Result<()> {
+        until("the sink listens", LIMIT, || Ok(self.posts(node, "x-first: 1", small)? == "200"))?;
         for header in ["content-type: text/plain", "transfer-encoding: chunked"] {
             for (body, wanted) in [(small, "200"), (big, "413")] {
-                let code = ["-o", "/dev/null", "-w", "%{http_code}"];
-                let post = ["-H", header, "--data-binary", body, "http://up.test/"];
-                let code = self.curl(node, &[code.as_slice(), &post].concat())?;
+                let code = self.posts(node, header, body)?;
                 ensure!(code == wanted, "{header}, {body}: answered by {code}, not {wanted}");
             }
         }

@@ -37,6 +37,11 @@ fn hang(field: &mut Field) -> Result<()> {
     debugger.stop_the_processor()?;
     guest.wait_off(BITE_LIMIT)?;
     field.note("the processor turns in a circle → the watchdog has bitten", begin);
+    // A panic would have ended the guest, too, and says so.
+    let guest = &field.guests[index];
+    let log = guest.log();
+    let said = log.get(guest.log_start()..).unwrap_or_default();
+    ensure!(!said.contains("Kernel panic") && !said.contains("Oops"), "it was no watchdog: {said}");
     ensure!(begin.elapsed() > Duration::from_secs(5), "it was the watchdog, which waits for food first");
     field.start(index)?;
     let guest = &mut field.guests[index];
