@@ -36,7 +36,7 @@ pub struct RouteSpec {
     pub host: Option<String>,
     /// Begins with `/`; `/` is all.
     pub path_prefix: String,
-    /// In the container; `None`: the only one that the service exposes.
+    /// In the container; `None`: the only TCP target that the service publishes, else 80.
     pub port: Option<u16>,
     pub redirects_to_https: bool,
     pub request_bytes_max: Option<u64>,
