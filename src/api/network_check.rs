@@ -11,7 +11,7 @@ use crate::state::{Service, State};
 use async_io::Async;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -121,7 +121,7 @@ async fn process_step(state: &State, service: &Service, instance: &Instance) -> 
         return fine("process", format!("{name} runs on {node}; it publishes no TCP port to try"));
     }
     for port in &ports {
-        match connect(address, *port).await {
+        match connect(address.into(), *port).await {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
                 let text = format!("{name} on {node} refuses port {port}: its program does not listen there");
@@ -133,11 +133,32 @@ async fn process_step(state: &State, service: &Service, instance: &Instance) -> 
             }
         }
     }
-    let ports: Vec<String> = ports.iter().map(u16::to_string).collect();
-    fine("process", format!("{name} on {node} takes connections on {}", ports.join(", ")))
+    let listed: Vec<String> = ports.iter().map(u16::to_string).collect();
+    let text = format!("{name} on {node} takes connections on {}", listed.join(", "));
+    match state.ula_prefix() {
+        None => fine("process", text),
+        Some(prefix) => ipv6_step(text, prefix.embed(address), &ports).await,
+    }
 }
 
-async fn connect(address: Ipv4Addr, port: u16) -> io::Result<()> {
+/// The same by IPv6, which a program need not listen on.
+async fn ipv6_step(text: String, address: Ipv6Addr, ports: &BTreeSet<u16>) -> CheckStep {
+    for port in ports {
+        match connect(address.into(), *port).await {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                return fine("process", format!("{text}; {port} by IPv4 only: it does not listen on IPv6"));
+            }
+            Err(error) => {
+                let text = format!("{text}, but does not answer on [{address}]:{port}: {error}");
+                return bad("process", text, "tinydc net names the node that lacks IPv6");
+            }
+        }
+    }
+    fine("process", format!("{text}, by IPv6, too"))
+}
+
+async fn connect(address: IpAddr, port: u16) -> io::Result<()> {
     let target = SocketAddr::from((address, port));
     let stream = peer::within(CONNECT_LIMIT, Async::<TcpStream>::connect(target)).await;
     stream.unwrap_or_else(|| Err(io::Error::from(io::ErrorKind::TimedOut))).map(drop)

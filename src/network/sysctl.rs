@@ -56,7 +56,7 @@ impl Before {
         };
         let (ours, others): (Vec<_>, Vec<_>) = entries(&text).partition(|(name, _)| name.starts_with(prefix));
         for (name, old) in ours {
-            if is_forwarding_used && [IP_FORWARD, IPV6_FORWARD].contains(&name) {
+            if is_forwarding_used && is_of_forwarding(name) {
                 continue;
             }
             match fs::write(Path::new(ROOT).join(name), old) {
@@ -78,6 +78,11 @@ impl Before {
         fs::write(&new, text)?;
         fs::rename(new, &self.file)
     }
+}
+
+/// A machine that forwards loses its own IPv6 with the setting by which it takes router advertisements all the same.
+fn is_of_forwarding(name: &str) -> bool {
+    [IP_FORWARD, IPV6_FORWARD].contains(&name) || name.ends_with("/accept_ra")
 }
 
 fn entries(text: &str) -> impl Iterator<Item = (&str, &str)> {

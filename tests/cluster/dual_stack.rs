@@ -140,7 +140,11 @@ fn all_have_addresses(stage: &Stage, prefix: Ipv6Addr, services: &[&str]) -> Res
 fn dual_stack(stage: &mut Stage) -> Result<()> {
     stage.form(3)?;
     let everywhere = named("ask", 3, "").replace("{replicas: 3}", "{mode: global}");
-    stage.deploy(0, "shop", &format!("services:\n{}{everywhere}", named("web", 3, "")))?;
+    stage.deploy(
+        0,
+        "shop",
+        &format!("services:\n{}{everywhere}", named("web", 3, "    ports: [\"8080:8080\"]\n")),
+    )?;
     stage.deploy(0, "blog", &format!("services:\n{}", named("stranger", 1, "")))?;
     let servers = containers(stage, "shop", "web")?;
     let clients = containers(stage, "shop", "ask")?;
@@ -187,6 +191,8 @@ fn names_lead_there(stage: &Stage, prefix: Ipv6Addr, (client, own): (&PathBuf, I
     ensure!(back == ["web.shop.tinydc.internal."], "{back:?}");
     let shown = stage.cli(0, &["net"])?;
     ensure!(shown.contains(&address), "net shows it: {shown}");
+    let checked = stage.cli(0, &["net", "check", "shop/web"])?;
+    ensure!(checked.matches("by IPv6, too").count() == 3, "{checked}");
     Ok(())
 }
 
