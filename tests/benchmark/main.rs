@@ -99,7 +99,7 @@ fn main() -> std::process::ExitCode {
     }
     let mut is_good = true;
     if !is_json {
-        println!("{:<44} {:>12} {:<14} {:>10}  BESIDE", "MEASURED", "VALUE", "UNIT", "BUDGET");
+        println!("{:<48} {:>12} {:<14} {:>10}  BESIDE", "MEASURED", "VALUE", "UNIT", "BUDGET");
     }
     for (name, benchmark) in
         BENCHMARKS.iter().filter(|(name, _)| wanted.is_empty() || wanted.iter().any(|one| one == name))
@@ -133,7 +133,7 @@ fn show(row: &Row, is_json: bool) {
     let budget = row.budget.map(|budget| format!("≤ {budget}")).or(floor).unwrap_or_default();
     let peer = row.peer.map(|(name, value)| format!("{name} {value:.1}")).unwrap_or_default();
     let mark = if row.holds() { "" } else { "  OVER BUDGET" };
-    println!("{:<44} {:>12.2} {:<14} {:>10}  {peer}{mark}", row.name, row.value, row.unit, budget);
+    println!("{:<48} {:>12.2} {:<14} {:>10}  {peer}{mark}", row.name, row.value, row.unit, budget);
 }
 
 fn lab(count: u8) -> Result<Lab> {
