@@ -162,6 +162,9 @@ impl DualStack {
 
     /// Leaves no trace. What is gone already need not be taken away.
     pub fn close(&self, config: &NetworkConfig) -> Result<(), NetworkError> {
+        if !knows_ipv6() {
+            return Ok(());
+        }
         Before::at(&config.run_dir)
             .restore(SETTINGS, super::foreign::is_forwarding_used())
             .map_err(kernel("give the kernel's settings back"))?;
@@ -211,8 +214,10 @@ fn containers(run_dir: &Path) -> Vec<(String, Ipv4Addr)> {
         .collect()
 }
 
-/// Where the machine's owner has switched IPv6 off, tinydc's own links have it all the same.
+/// Where the machine's owner has switched IPv6 off, tinydc's own links have it all the same. None has a router: what a
+/// container, or a machine on the LAN in a packet of VXLAN, advertises is no way for this node.
 fn allow_ipv6(link: &str) -> Result<(), NetworkError> {
+    sysctl::set(&format!("net/ipv6/conf/{link}/accept_ra"), "0")?;
     sysctl::set(&format!("net/ipv6/conf/{link}/disable_ipv6"), "0")
 }
 

@@ -284,8 +284,10 @@ impl Network {
         sysctl::Before::at(&self.config.run_dir).set(ROUTE_LOCALNET, "1")?;
         let dual_stack = self.dual_stack.read().unwrap_or_else(PoisonError::into_inner);
         let mut endpoints: Vec<IpAddr> = dead.iter().copied().map(IpAddr::V4).collect();
+        // Without its table of IPv6 a node does for IPv4 what is to be done.
+        let mut embedded = Ok(());
         if let Dual::On(dual_stack) = &*dual_stack {
-            dual_stack.apply(&socket, wanted)?;
+            embedded = dual_stack.apply(&socket, wanted);
             endpoints.extend(dead.iter().map(|endpoint| IpAddr::V6(self.config.ula_prefix.embed(*endpoint))));
         }
         drop(dual_stack);
@@ -298,7 +300,8 @@ impl Network {
         }
         self.reset_clients(&waiting);
         let mut holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(holds.set(&wanted.ports.keys().copied().gather()))
+        let taken = holds.set(&wanted.ports.keys().copied().gather());
+        embedded.map(|()| taken)
     }
 
     /// Gives containers and services IPv6 addresses or takes them away. Tried again, it does what is left to do.
@@ -322,7 +325,7 @@ impl Network {
                 *place = Dual::Off;
             }
             (Dual::Unknown, false) => {
-                // A kernel that can't tell has nothing of it.
+                // Once: what can't be taken away now goes when the node leaves.
                 let _ = DualStack::new(&self.config, self.numbers(), self.shape.clone()).close(&self.config);
                 *place = Dual::Off;
             }

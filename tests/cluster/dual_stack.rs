@@ -158,6 +158,7 @@ fn dual_stack(stage: &mut Stage) -> Result<()> {
         all_have_addresses(stage, prefix, &["web", "ask"])
     })?;
     stage.note("ipv6 is set → all containers have it", begin);
+    links_have_no_more(stage)?;
     let _mirror = Mirror::start(&servers)?;
     let at: SocketAddr = (embed(prefix, vip(stage, 0, "shop", "web")?), PORT).into();
     until("all nodes have ways", LIMIT, || {
@@ -175,6 +176,28 @@ fn dual_stack(stage: &mut Stage) -> Result<()> {
     lan_is_kept(stage, true)?;
     encryption_carries_it(stage, prefix)?;
     it_goes_again(stage, prefix)
+}
+
+/// By a link-local address a container would reach whatever listens on its node, and by an advertisement it would become
+/// that node's router.
+fn links_have_no_more(stage: &Stage) -> Result<()> {
+    for (netns, own) in containers(stage, "shop", "web")?.into_iter().chain(containers(stage, "shop", "ask")?)
+    {
+        let shown =
+            netns::in_netns(&netns, || Command::new("ip").args(["-6", "addr", "show", "eth0"]).output())?;
+        let text = String::from_utf8(shown.stdout)?;
+        ensure!(text.matches("inet6").count() == 1, "{own} has one address: {text}");
+    }
+    for node in &stage.lab.nodes {
+        const ALL: &str =
+            "ip -o -6 addr show scope link; ip -6 route; grep -H . /proc/sys/net/ipv6/conf/td*/accept_ra";
+        let shown = node.inside(|| Command::new("sh").args(["-c", ALL]).output())?;
+        let text = String::from_utf8(shown.stdout)?;
+        let has_more =
+            |line: &str| line.contains("tdv-") && (line.contains("fe80") || line.ends_with("accept_ra:2"));
+        ensure!(!text.lines().any(has_more) && text.contains("accept_ra:0"), "{text}");
+    }
+    Ok(())
 }
 
 fn names_lead_there(stage: &Stage, prefix: Ipv6Addr, (client, own): (&PathBuf, Ipv4Addr)) -> Result<()> {
