@@ -57,6 +57,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 http.server.ThreadingHTTPServer(("0.0.0.0", int(sys.argv[1])), Handler).serve_forever()
 "#;
+/// A peer that hangs costs 3 s beyond the limit: closing takes up to three times `close_timeout`, by default 10 s.
 const ECHO_CLIENT: &str = r#"
 import asyncio, ssl, sys
 try:
@@ -66,7 +67,7 @@ except ImportError:
 async def main():
     address, root = sys.argv[1:3]
     for uri, port, tls in (("ws://ws.test/echo", 80, None), ("wss://ws.test/echo", 443, ssl.create_default_context(cafile=root))):
-        async with connect(uri, host=address, port=port, ssl=tls, server_hostname=tls and "ws.test", max_size=None) as socket:
+        async with connect(uri, host=address, port=port, ssl=tls, server_hostname=tls and "ws.test", max_size=None, close_timeout=1) as socket:
             for size in (0, 1, 125, 126, 65535, 65536, 1 << 20):
                 await socket.send(bytes(size))
                 assert await socket.recv() == bytes(size), size
