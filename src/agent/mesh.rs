@@ -14,7 +14,7 @@ use crate::model::*;
 use crate::network::dns::{DnsConfig, DnsServer, UpstreamSource, Zone};
 use crate::network::ingress::{Ingress, IngressConfig, Route};
 use crate::network::relay::Relay;
-use crate::network::{Network, Taken};
+use crate::network::{Applied, Network, Taken};
 use crate::replica::{EndpointHint, Handle, PeerFrame};
 use crate::state::State;
 use crate::verdict::Verdict;
@@ -187,10 +187,17 @@ impl Mesh {
             if is_first {
                 dead.extend(dead_since_last_run(&network, &alive));
             }
-            (network.set_dual_stack(has_ipv6), network.apply(&wanted, &dead))
+            let early = has_ipv6.then(|| network.set_dual_stack(Some(&wanted)));
+            let outcome = network.apply(&wanted, &dead);
+            // What is to be taken away has time.
+            (early.unwrap_or_else(|| network.set_dual_stack(None)), outcome)
         })
         .await;
-        let ipv6_problem = ipv6.err().map(|error| chain(&error));
+        let (outcome, applied) = match outcome {
+            Ok(Applied { taken, ipv6 }) => (Ok(taken), ipv6),
+            Err(error) => (Err(error), Ok(())),
+        };
+        let ipv6_problem = ipv6.and(applied).err().map(|error| chain(&error));
         if let Some(error) = ipv6_problem.as_ref().filter(|_| before.ipv6_problem != ipv6_problem) {
             warn!(error, "give containers IPv6");
         }
@@ -340,7 +347,9 @@ fn relayed(wiring: &Wiring) -> BTreeMap<u16, Vec<SocketAddrV4>> {
     ports
         .filter(|(key, _)| key.host_address.is_none() && key.protocol == Protocol::Tcp)
         .map(|(key, row)| {
-            let endpoints = row.endpoints.iter().map(|(address, port)| SocketAddrV4::new(*address, *port));
+            // The relay would come from the node itself, whom those without a way out answer.
+            let reached = row.endpoints.iter().filter(|(address, _)| !wiring.wanted.inner.contains(address));
+            let endpoints = reached.map(|(address, port)| SocketAddrV4::new(*address, *port));
             (key.port, endpoints.collect())
         })
         .gather()

@@ -1,7 +1,7 @@
 //! Connections that the kernel tracks: forgotten when their endpoint dies, counted for `tinydc net`.
 
 use super::netlink::{ACK, Batch, DUMP, Socket, attributes};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -32,40 +32,37 @@ struct Family {
 const IPV4: Family = Family { header: [libc::AF_INET as u8, 0, 0, 0], source: 1, destination: 2 };
 const IPV6: Family = Family { header: [libc::AF_INET6 as u8, 0, 0, 0], source: 3, destination: 4 };
 
-fn family_of(address: IpAddr) -> &'static Family {
-    if address.is_ipv4() { &IPV4 } else { &IPV6 }
+/// Forgets the connections that `endpoint` answers. An established one is then reset by whoever its next packet
+/// reaches. One message; the kernel (5.8 or later) filters.
+pub fn forget(socket: &Socket, endpoint: Ipv4Addr) -> io::Result<()> {
+    let mut batch = Batch::new();
+    batch.message(DELETE, ACK, &IPV4.header);
+    answered_by(&mut batch, endpoint);
+    ignore_absent(socket.send(&batch))
 }
 
-/// Forgets the connections that `endpoint` answers. An established one is then reset by whoever its next packet
-/// reaches.
-pub fn forget(socket: &Socket, endpoint: IpAddr) -> io::Result<()> {
+/// The same of IPv6, for all at once; the open TCP connections among them. The kernel's filter of IPv6 takes what is not
+/// asked for: it has the comparison the wrong way round (up to 6.18 at least).
+pub fn forget_ipv6(socket: &Socket, endpoints: &BTreeSet<Ipv6Addr>) -> io::Result<BTreeSet<Conversation>> {
     const DELETED_AT_ONCE: usize = 64;
-    let mut batch = Batch::new();
-    match endpoint {
-        // One message; the kernel (5.8 or later) filters.
-        IpAddr::V4(endpoint) => {
-            batch.message(DELETE, ACK, &IPV4.header);
-            answered_by(&mut batch, endpoint);
-            ignore_absent(socket.send(&batch))
+    let (mut tuples, mut open) = (Vec::new(), BTreeSet::new());
+    list(socket, &IPV6, &mut |body| {
+        let is_meant = matches!(reply_source(body, &IPV6), Some(IpAddr::V6(it)) if endpoints.contains(&it));
+        if is_meant {
+            tuples.extend(part(body, TUPLE_ASKING).map(<[u8]>::to_vec));
+            open.extend(conversation(body, &IPV6).filter(|_| is_open(body)));
         }
-        // Its filter of IPv6 takes what is not asked for: it has the comparison the wrong way round (up to 6.18 at least).
-        IpAddr::V6(_) => {
-            let mut asking = Vec::new();
-            list(socket, &IPV6, &mut |body| {
-                let is_meant = reply_source(body, &IPV6) == Some(endpoint);
-                asking.extend(part(body, TUPLE_ASKING).filter(|_| is_meant).map(<[u8]>::to_vec));
-            })?;
-            asking.chunks(DELETED_AT_ONCE).try_for_each(|chunk| {
-                let mut batch = Batch::new();
-                for tuple in chunk {
-                    batch.message(DELETE, ACK, &IPV6.header).nested(TUPLE_ASKING, |b| {
-                        b.raw(tuple);
-                    });
-                }
-                ignore_absent(socket.send(&batch))
-            })
+    })?;
+    for chunk in tuples.chunks(DELETED_AT_ONCE) {
+        let mut batch = Batch::new();
+        for tuple in chunk {
+            batch.message(DELETE, ACK, &IPV6.header).nested(TUPLE_ASKING, |b| {
+                b.raw(tuple);
+            });
         }
+        ignore_absent(socket.send(&batch))?;
     }
+    Ok(open)
 }
 
 fn ignore_absent(outcome: io::Result<()>) -> io::Result<()> {
@@ -93,24 +90,18 @@ pub struct Conversation {
     pub asked: SocketAddr,
 }
 
-/// The open TCP connections that `endpoint` answers. The kernel filters those of IPv4 if it can (5.8 or later).
-pub fn conversations(socket: &Socket, endpoint: IpAddr) -> io::Result<Vec<Conversation>> {
-    let family = family_of(endpoint);
+/// The open TCP connections that `endpoint` answers. The kernel filters if it can (5.8 or later).
+pub fn conversations(socket: &Socket, endpoint: Ipv4Addr) -> io::Result<Vec<Conversation>> {
+    let mut batch = Batch::new();
+    batch.message(GET, DUMP, &IPV4.header);
+    answered_by(&mut batch, endpoint);
     let mut found = Vec::new();
-    let mut visit = |body: &[u8]| {
-        if reply_source(body, family) == Some(endpoint) && is_open(body) {
-            found.extend(conversation(body, family));
+    socket.dump(&batch, &mut |message| {
+        let body = message.get(4..).unwrap_or_default();
+        if reply_source(body, &IPV4) == Some(endpoint.into()) && is_open(body) {
+            found.extend(conversation(body, &IPV4));
         }
-    };
-    match endpoint {
-        IpAddr::V4(endpoint) => {
-            let mut batch = Batch::new();
-            batch.message(GET, DUMP, &family.header);
-            answered_by(&mut batch, endpoint);
-            socket.dump(&batch, &mut |message| visit(message.get(4..).unwrap_or_default()))?;
-        }
-        IpAddr::V6(_) => list(socket, family, &mut visit)?,
-    }
+    })?;
     Ok(found)
 }
 

@@ -11,13 +11,14 @@ use super::overlay::{self, Numbers, Way};
 use super::sysctl::{self, Before};
 use super::{BRIDGE, Network, NetworkConfig, NetworkError, Wanted, kernel};
 use crate::linux::netns;
-use crate::model::UlaPrefix;
+use crate::model::{Gather, UlaPrefix};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
+use tracing::warn;
 
 const ROOT: &str = "/proc/sys/net/ipv6/conf";
 const SETTINGS: &str = "net/ipv6/";
@@ -56,10 +57,19 @@ impl DualStack {
     }
 
     /// Makes what is missing, for the containers that are there, too.
-    pub fn open(&self, config: &NetworkConfig, ways: &BTreeMap<u8, Way>) -> Result<(), NetworkError> {
+    pub fn open(
+        &self,
+        config: &NetworkConfig,
+        ways: &BTreeMap<u8, Way>,
+        (wanted, neighbours): (&Wanted, Neighbours),
+    ) -> Result<(), NetworkError> {
         if !knows_ipv6() {
             return Err(kernel("this kernel has no IPv6")(io::ErrorKind::Unsupported.into()));
         }
+        let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
+        self.set_neighbours(&netfilter, neighbours);
+        // Nothing passes before there are rules.
+        self.apply(&netfilter, wanted)?;
         forward(&Before::at(&config.run_dir))?;
         let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
         let bridge = link::index_of(BRIDGE).map_err(kernel(format!("find {BRIDGE}")))?;
@@ -71,9 +81,19 @@ impl DualStack {
             .map_err(kernel("route to the services' IPv6 addresses"))?;
         link::change_barrier(&socket, self.containers(), true)
             .map_err(kernel("keep containers' IPv6 traffic off the default route"))?;
-        self.follow(ways).map_err(kernel("reach other nodes' containers by IPv6"))?;
-        for (container, address) in containers(&config.run_dir) {
-            self.connect(&container, address, &config.run_dir.join("netns").join(&container))?;
+        // One that is out of order costs the others nothing: ways are written again before long, a container is connected
+        // anew when it is next started.
+        if let Err(error) = self.follow(ways) {
+            warn!(%error, "reach other nodes' containers by IPv6");
+        }
+        for (container, address) in containers(&socket, &config.run_dir) {
+            let path = config.run_dir.join("netns").join(&container);
+            if let Err(error) = self.connect(&container, address, &path) {
+                warn!(
+                    error = &error as &dyn std::error::Error,
+                    container, "give a container that runs its IPv6 address"
+                );
+            }
         }
         Ok(())
     }
@@ -148,8 +168,9 @@ impl DualStack {
             if way.address().is_unspecified() {
                 continue;
             }
-            let set = overlay::set_embedded_way(&socket, &self.numbers, self.prefix, *number, *way)
-                .and_then(|link| allow_ipv6(link).map_err(io::Error::other));
+            let set = overlay::embedded_link(&socket, &self.numbers, *way)
+                .and_then(|link| allow_ipv6(link).map_err(io::Error::other))
+                .and_then(|()| overlay::set_embedded_way(&socket, &self.numbers, self.prefix, *number, *way));
             match set {
                 Ok(()) => {
                     ways.insert(*number, *way);
@@ -160,19 +181,17 @@ impl DualStack {
         outcome
     }
 
-    /// Leaves no trace. What is gone already need not be taken away.
+    /// Leaves only a rule that containers send nothing by IPv6. What is gone already need not be taken away, and what can't
+    /// be taken away keeps nothing else here: the first error is told.
     pub fn close(&self, config: &NetworkConfig) -> Result<(), NetworkError> {
         if !knows_ipv6() {
             return Ok(());
         }
-        Before::at(&config.run_dir)
-            .restore(SETTINGS, super::foreign::is_forwarding_used())
-            .map_err(kernel("give the kernel's settings back"))?;
-        let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
-        nft::table::delete_table(&netfilter, Family::Ipv6(self.prefix))
-            .map_err(kernel("delete the nftables table of IPv6"))?;
+        let restored = Before::at(&config.run_dir)
+            .restore(SETTINGS, super::foreign::is_forwarding_used(true))
+            .map_err(kernel("give the kernel's settings back"));
         let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
-        for (container, address) in containers(&config.run_dir) {
+        for (container, address) in containers(&socket, &config.run_dir) {
             self.disconnect(&socket, &container, address, &config.run_dir.join("netns").join(&container));
         }
         let ways = std::mem::take(&mut *self.ways.lock().unwrap_or_else(PoisonError::into_inner));
@@ -184,7 +203,20 @@ impl DualStack {
             let _ = link::delete_route(&socket, &self.vip_route(bridge));
             let _ = link::delete_address(&socket, bridge, self.gateway, SINGLE);
         }
-        Ok(())
+        // Last: nothing passes without rules.
+        let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
+        let guarded = nft::table::guard(&netfilter, Family::Ipv6(self.prefix))
+            .map_err(kernel("keep containers' IPv6 off this node"));
+        restored.and(guarded)
+    }
+
+    pub fn delete_table(&self) -> Result<(), NetworkError> {
+        if !knows_ipv6() {
+            return Ok(());
+        }
+        let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
+        nft::table::delete_table(&netfilter, Family::Ipv6(self.prefix))
+            .map_err(kernel("delete the nftables table of IPv6"))
     }
 
     fn disconnect(&self, socket: &Socket, container: &str, address: Ipv4Addr, path: &Path) {
@@ -203,13 +235,19 @@ impl DualStack {
     }
 }
 
-/// Containers here that have an address, by name.
-fn containers(run_dir: &Path) -> Vec<(String, Ipv4Addr)> {
+/// Containers here, by name, with the addresses that this node has given them: what they say themselves is not asked.
+fn containers(socket: &Socket, run_dir: &Path) -> Vec<(String, Ipv4Addr)> {
+    let routes = link::routes(socket).unwrap_or_default();
+    let by_link: BTreeMap<u32, Ipv4Addr> = routes
+        .iter()
+        .filter_map(|route| route.to.filter(|(_, length)| *length == 32).map(|(to, _)| (route.link, to)))
+        .gather();
     let entries = fs::read_dir(run_dir.join("netns")).into_iter().flatten().flatten();
     entries
         .filter_map(|entry| {
-            let address = super::address_in(&entry.path())?;
-            Some((entry.file_name().to_string_lossy().into_owned(), address))
+            let name = entry.file_name().to_string_lossy().into_owned();
+            let address = by_link.get(&link::index_of(&Network::veth_name(&name)).ok()?)?;
+            Some((name, *address))
         })
         .collect()
 }
@@ -226,9 +264,12 @@ fn allow_ipv6(link: &str) -> Result<(), NetworkError> {
 fn forward(before: &Before) -> Result<(), NetworkError> {
     let links = fs::read_dir(ROOT).into_iter().flatten().flatten();
     for link in links.map(|entry| entry.file_name().to_string_lossy().into_owned()) {
-        let is_asked =
-            fs::read_to_string(format!("{ROOT}/{link}/accept_ra")).is_ok_and(|text| text.trim() == "1");
-        if is_asked && link != "all" && !super::lan::is_own(&link) {
+        let says_1 = |name: &str| {
+            fs::read_to_string(format!("{ROOT}/{link}/{name}")).is_ok_and(|text| text.trim() == "1")
+        };
+        // One that forwards already takes none, and means it.
+        let takes_some = says_1("accept_ra") && !says_1("forwarding");
+        if takes_some && link != "all" && !super::lan::is_own(&link) {
             before.set(&format!("net/ipv6/conf/{link}/accept_ra"), "2")?;
         }
     }

@@ -32,11 +32,16 @@ struct ForwardChain {
     is_dropping: bool,
 }
 
-/// Whether somebody else filters what this machine forwards, and so means it to forward.
-pub fn is_forwarding_used() -> bool {
+/// Whether somebody else filters what this machine forwards of a family, and so means it to forward.
+pub fn is_forwarding_used(ipv6: bool) -> bool {
     // The tables of the old iptables, which netlink doesn't list.
-    let old = std::fs::read_to_string("/proc/net/ip_tables_names").unwrap_or_default();
-    !old.is_empty() || forward_chains().is_ok_and(|chains| !chains.is_empty())
+    let (file, own) = match ipv6 {
+        false => ("/proc/net/ip_tables_names", FAMILY_IPV4),
+        true => ("/proc/net/ip6_tables_names", FAMILY_IPV6),
+    };
+    let old = std::fs::read_to_string(file).unwrap_or_default();
+    let is_meant = |chain: &ForwardChain| [FAMILY_INET, own].contains(&chain.family);
+    !old.is_empty() || forward_chains().is_ok_and(|chains| chains.iter().any(is_meant))
 }
 
 /// `ula_prefix`: where the cluster has IPv6, too.

@@ -267,7 +267,7 @@ pub fn add_veth(
     socket.send(&batch)
 }
 
-/// A link that is not connected yet never gets an IPv6 address of its own making.
+/// A link that is not connected yet never makes itself a link-local address. One by an advertisement it may still get.
 pub fn take_ipv6(socket: &Socket, index: u32) -> io::Result<()> {
     let mut batch = Batch::new();
     batch.message(NEW_LINK, ACK, &link_header(index, 0, 0));

@@ -99,6 +99,14 @@ pub struct Reach {
     pub sealed: Option<Slot>,
 }
 
+/// What came of a change.
+pub struct Applied {
+    /// Published ports that another program has.
+    pub taken: Vec<Taken>,
+    /// Without its table of IPv6 a node does for IPv4 what is to be done.
+    pub ipv6: Result<(), NetworkError>,
+}
+
 /// Whether this node has IPv6, too.
 enum Dual {
     /// As an earlier run has left it.
@@ -114,7 +122,8 @@ pub struct Network {
     tunnels: Mutex<BTreeMap<Slot, Tunnel>>,
     shape: Shape,
     table: Mutex<Table>,
-    /// Read while a container is connected: none is missed when this changes.
+    /// Read while a container is connected: none is missed when this changes. Taken before `ways` and `table`, never while
+    /// one of them is held.
     dual_stack: RwLock<Dual>,
     holds: Mutex<Holds>,
     /// Says when somebody deletes the table.
@@ -187,21 +196,22 @@ impl Network {
     pub fn attach(&self, container: &str, address: Ipv4Addr) -> Result<PathBuf, NetworkError> {
         let path = self.netns_path(container);
         let dual_stack = self.dual_stack.read().unwrap_or_else(PoisonError::into_inner);
+        let with_ipv6 = || match &*dual_stack {
+            Dual::On(dual_stack) => dual_stack.connect(container, address, &path),
+            Dual::Off | Dual::Unknown => Ok(()),
+        };
         if path.exists() && address_in(&path) == Some(address) {
-            return Ok(path);
+            return with_ipv6().map(|()| path.clone());
         }
         self.remove(container)?;
         netns::create(&path).map_err(kernel(format!("make the network namespace of {container}")))?;
         let has_ipv6 = matches!(&*dual_stack, Dual::On(_));
-        let outcome = self.connect(container, address, &path, has_ipv6).and_then(|()| match &*dual_stack {
-            Dual::On(dual_stack) => dual_stack.connect(container, address, &path),
-            Dual::Off | Dual::Unknown => Ok(()),
-        });
+        let outcome = self.connect(container, address, &path, has_ipv6).and_then(|()| with_ipv6());
         if outcome.is_err() {
             // Tried anew with the next launch; what is half made must not look whole.
             let _ = self.remove(container);
         }
-        outcome.map(|()| path)
+        outcome.map(|()| path.clone())
     }
 
     fn connect(
@@ -226,6 +236,8 @@ impl Network {
             sysctl::set(&format!("net/ipv4/conf/{name}/{setting}"), value)?;
         }
         if knows_ipv6() {
+            // What a container advertises is no way for this node.
+            sysctl::set(&format!("net/ipv6/conf/{name}/accept_ra"), "0")?;
             link::index_of(&name)
                 .and_then(|index| link::take_ipv6(&socket, index))
                 .map_err(kernel(format!("take IPv6 from the link of {container}")))?;
@@ -272,47 +284,58 @@ impl Network {
     }
 
     /// Brings the kernel to `wanted`; connections that one of `dead` answers are forgotten, so that they are reset.
-    /// Returns the published ports that another program has.
-    pub fn apply(&self, wanted: &Wanted, dead: &[Ipv4Addr]) -> Result<Vec<Taken>, NetworkError> {
+    pub fn apply(&self, wanted: &Wanted, dead: &[Ipv4Addr]) -> Result<Applied, NetworkError> {
         let socket = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        table.apply(&socket, wanted).map_err(kernel(
+        let applied = self.table.lock().unwrap_or_else(PoisonError::into_inner).apply(&socket, wanted);
+        applied.map_err(kernel(
             "change the nftables table; the kernel needs nf_tables with nat, fib and numgen",
         ))?;
         // Published ports answer on loopback too, wherever the container is: only now, as the table drops what comes from
         // outside and is addressed to loopback.
         sysctl::Before::at(&self.config.run_dir).set(ROUTE_LOCALNET, "1")?;
-        let dual_stack = self.dual_stack.read().unwrap_or_else(PoisonError::into_inner);
-        let mut endpoints: Vec<IpAddr> = dead.iter().copied().map(IpAddr::V4).collect();
-        // Without its table of IPv6 a node does for IPv4 what is to be done.
-        let mut embedded = Ok(());
-        if let Dual::On(dual_stack) = &*dual_stack {
-            embedded = dual_stack.apply(&socket, wanted);
-            endpoints.extend(dead.iter().map(|endpoint| IpAddr::V6(self.config.ula_prefix.embed(*endpoint))));
-        }
-        drop(dual_stack);
         let mut waiting = BTreeSet::new();
-        for endpoint in endpoints {
+        for endpoint in dead {
             // Clients elsewhere, and all of them where this fails, learn of it with their next packet.
-            waiting.extend(conntrack::conversations(&socket, endpoint).unwrap_or_default());
-            conntrack::forget(&socket, endpoint)
+            waiting.extend(conntrack::conversations(&socket, *endpoint).unwrap_or_default());
+            conntrack::forget(&socket, *endpoint)
                 .map_err(kernel(format!("forget connections to {endpoint}")))?;
         }
         self.reset_clients(&waiting);
+        let ipv6 = self.apply_ipv6(&socket, wanted, dead);
         let mut holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner);
-        let taken = holds.set(&wanted.ports.keys().copied().gather());
-        embedded.map(|()| taken)
+        Ok(Applied { taken: holds.set(&wanted.ports.keys().copied().gather()), ipv6 })
     }
 
-    /// Gives containers and services IPv6 addresses or takes them away. Tried again, it does what is left to do.
-    pub fn set_dual_stack(&self, is_wanted: bool) -> Result<(), NetworkError> {
+    fn apply_ipv6(&self, socket: &Socket, wanted: &Wanted, dead: &[Ipv4Addr]) -> Result<(), NetworkError> {
+        let dual_stack = self.dual_stack.read().unwrap_or_else(PoisonError::into_inner);
+        let Dual::On(dual_stack) = &*dual_stack else { return Ok(()) };
+        dual_stack.apply(socket, wanted)?;
+        if dead.is_empty() {
+            return Ok(());
+        }
+        let endpoints = dead.iter().map(|endpoint| self.config.ula_prefix.embed(*endpoint)).gather();
+        let waiting =
+            conntrack::forget_ipv6(socket, &endpoints).map_err(kernel("forget connections of IPv6"))?;
+        self.reset_clients(&waiting);
+        Ok(())
+    }
+
+    /// Gives containers and services IPv6 addresses, with this table, or takes them away. Tried again, it does what is left
+    /// to do.
+    pub fn set_dual_stack(&self, wanted: Option<&Wanted>) -> Result<(), NetworkError> {
+        // Most often nothing changes, and no launch is waited for.
+        match (&*self.dual_stack.read().unwrap_or_else(PoisonError::into_inner), wanted) {
+            (Dual::On(_), Some(_)) | (Dual::Off, None) => return Ok(()),
+            _ => {}
+        }
         let mut place = self.dual_stack.write().unwrap_or_else(PoisonError::into_inner);
-        match (&*place, is_wanted) {
-            (Dual::On(_), true) | (Dual::Off, false) => return Ok(()),
-            (Dual::Unknown | Dual::Off, true) => {
+        match (&*place, wanted) {
+            (Dual::On(_), Some(_)) | (Dual::Off, None) => {}
+            (Dual::Unknown | Dual::Off, Some(wanted)) => {
                 let dual_stack = DualStack::new(&self.config, self.numbers(), self.shape.clone());
-                let ways = self.ways();
-                let opened = dual_stack.open(&self.config, &ways);
+                let neighbours =
+                    self.table.lock().unwrap_or_else(PoisonError::into_inner).neighbours().clone();
+                let opened = dual_stack.open(&self.config, &self.ways(), (wanted, neighbours));
                 if opened.is_err() && matches!(*place, Dual::Off) {
                     // What is half made goes again; the reason is told, and this is tried again.
                     let _ = dual_stack.close(&self.config);
@@ -320,11 +343,11 @@ impl Network {
                 opened?;
                 *place = Dual::On(dual_stack);
             }
-            (Dual::On(dual_stack), false) => {
+            (Dual::On(dual_stack), None) => {
                 dual_stack.close(&self.config)?;
                 *place = Dual::Off;
             }
-            (Dual::Unknown, false) => {
+            (Dual::Unknown, None) => {
                 // Once: what can't be taken away now goes when the node leaves.
                 let _ = DualStack::new(&self.config, self.numbers(), self.shape.clone()).close(&self.config);
                 *place = Dual::Off;
@@ -428,15 +451,16 @@ impl Network {
         let doors = doors.chain(floating.iter().copied()).gather();
         let neighbours = Neighbours { peers, sealed, doors };
         let now = ways.clone();
-        // Whoever changes the families looks at the ways.
+        // Whoever changes the families looks at ways and neighbours, and must find both new or none.
         drop(ways);
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.set_neighbours(&netfilter, neighbours.clone());
+        drop(table);
         if let Dual::On(dual_stack) = &*self.dual_stack.read().unwrap_or_else(PoisonError::into_inner) {
-            dual_stack.set_neighbours(&netfilter, neighbours.clone());
+            dual_stack.set_neighbours(&netfilter, neighbours);
             let followed = dual_stack.follow(&now);
             first_error = first_error.or(followed.err().map(kernel("reach other nodes' containers by IPv6")));
         }
-        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
-        table.set_neighbours(&netfilter, neighbours);
         first_error.map_or(Ok(()), Err)
     }
 
@@ -581,10 +605,11 @@ impl Network {
         self.set_peers(&BTreeMap::new(), &BTreeSet::new(), &BTreeSet::new(), true)?;
         self.keep_tunnels(&BTreeSet::new())?;
         let mut place = self.dual_stack.write().unwrap_or_else(PoisonError::into_inner);
-        let closed = DualStack::new(&self.config, self.numbers(), self.shape.clone()).close(&self.config);
+        let dual_stack = DualStack::new(&self.config, self.numbers(), self.shape.clone());
+        let closed = dual_stack.close(&self.config).and_then(|()| dual_stack.delete_table());
         *place = Dual::Off;
         sysctl::Before::at(&self.config.run_dir)
-            .restore("", foreign::is_forwarding_used())
+            .restore("", foreign::is_forwarding_used(false))
             .map_err(kernel("give the kernel's settings back"))?;
         let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
         nft::table::delete_table(&netfilter, Family::Ipv4).map_err(kernel("delete the nftables table"))?;

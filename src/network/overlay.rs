@@ -7,6 +7,7 @@
 use super::lan::{self, Interface};
 use super::link::{self, Route};
 use super::netlink::Socket;
+use super::sysctl;
 use super::wireguard::Slot;
 use crate::model::{Gather, UlaPrefix};
 use std::collections::BTreeSet;
@@ -140,29 +141,39 @@ fn sealed_route(network: Ipv4Addr, slot: Slot) -> io::Result<Route> {
     Ok(Route { to: Some((network, 24)), via: None, link, is_on_link: true })
 }
 
-/// Brings one node's route of IPv6 to where its route of IPv4 leads, but never over the LAN itself: nodes need no IPv6
-/// addresses there. Returns the link that it goes by.
+/// By which link IPv6 goes this way, made if it is missing. Never over the LAN itself: nodes need no IPv6 addresses there.
+pub fn embedded_link(socket: &Socket, numbers: &Numbers, way: Way) -> io::Result<&'static str> {
+    match way {
+        Way::Direct { .. } | Way::Tunnel { .. } => tunnel(socket, numbers).map(|_| VXLAN),
+        Way::Sealed { slot, .. } => Ok(slot.link_name()),
+    }
+}
+
+/// Brings one node's route of IPv6 to where its route of IPv4 leads.
 pub fn set_embedded_way(
     socket: &Socket,
     numbers: &Numbers,
     prefix: UlaPrefix,
     number: u8,
     way: Way,
-) -> io::Result<&'static str> {
+) -> io::Result<()> {
     if let Way::Direct { via: to } | Way::Tunnel { to } = way {
         let index = tunnel(socket, numbers)?;
         let hardware = numbers.hardware(number);
         link::put_neighbour(socket, index, prefix.embed(numbers.network(number)), hardware)?;
         link::put_forwarding(socket, index, hardware, to)?;
     }
-    link::add_route(socket, &embedded_route(numbers, prefix, number, way)?)?;
-    Ok(embedded_link(way))
-}
-
-fn embedded_link(way: Way) -> &'static str {
-    match way {
-        Way::Direct { .. } | Way::Tunnel { .. } => VXLAN,
-        Way::Sealed { slot, .. } => slot.link_name(),
+    let route = embedded_route(numbers, prefix, number, way)?;
+    match link::add_route(socket, &route) {
+        // As long as it is reached by another link, the kernel takes none by a gateway of this one.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            for slot in Slot::ALL {
+                let old = link::index_of(slot.link_name()).map(|link| Route { via: None, link, ..route });
+                let _ = old.and_then(|old| link::delete_route(socket, &old));
+            }
+            link::add_route(socket, &route)
+        }
+        outcome => outcome,
     }
 }
 
@@ -181,9 +192,12 @@ pub fn drop_embedded_way(socket: &Socket, numbers: &Numbers, prefix: UlaPrefix, 
 
 fn embedded_route(numbers: &Numbers, prefix: UlaPrefix, number: u8, way: Way) -> io::Result<Route<Ipv6Addr>> {
     let network = prefix.embed(numbers.network(number));
-    let via = (!way.is_sealed()).then_some(network);
+    let (name, via) = match way {
+        Way::Direct { .. } | Way::Tunnel { .. } => (VXLAN, Some(network)),
+        Way::Sealed { slot, .. } => (slot.link_name(), None),
+    };
     let to = Some((network, UlaPrefix::LENGTH + 24));
-    Ok(Route { to, via, link: link::index_of(embedded_link(way))?, is_on_link: true })
+    Ok(Route { to, via, link: link::index_of(name)?, is_on_link: true })
 }
 
 /// The tunnel's link, made when it is first needed.
@@ -195,6 +209,10 @@ fn tunnel(socket: &Socket, numbers: &Numbers) -> io::Result<u32> {
     link::add_vxlan(socket, VXLAN, VXLAN_ID, VXLAN_PORT, numbers.hardware(numbers.own), mtu)?;
     let index = link::index_of(VXLAN)?;
     link::add_address(socket, index, numbers.network(numbers.own), 32)?;
+    if super::knows_ipv6() {
+        // What somebody on the LAN advertises in it is no way for this node.
+        sysctl::set(&format!("net/ipv6/conf/{VXLAN}/accept_ra"), "0").map_err(io::Error::other)?;
+    }
     Ok(index)
 }
 

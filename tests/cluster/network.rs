@@ -346,19 +346,21 @@ fn way_out(stage: &Stage, web: &PathBuf, db: &PathBuf) -> Result<()> {
     let node = &stage.lab.nodes[0];
     let address = containers(stage, "shop", "web")?;
     let local = address.iter().find(|(path, _)| path.starts_with(&node.dir)).map(|(_, address)| *address);
-    let Some(target) = local else { return Ok(()) };
+    let service = vip(stage, 0, "shop", "web")?;
     let via = node.address;
-    netns::in_netns(&stage.lab.lan.netns, move || {
-        let socket = tinydc::network::netlink::Socket::route()?;
-        let route = tinydc::network::link::Route {
-            to: Some((target, 32)),
-            via: Some(via),
-            link: 0,
-            is_on_link: false,
-        };
-        tinydc::network::link::add_route(&socket, &route)
-    })?;
-    ensure!(stage.http(target, 8080).is_err(), "a container is not reached past its ports");
+    for target in local.into_iter().chain([service]) {
+        netns::in_netns(&stage.lab.lan.netns, move || {
+            let socket = tinydc::network::netlink::Socket::route()?;
+            let route = tinydc::network::link::Route {
+                to: Some((target, 32)),
+                via: Some(via),
+                link: 0,
+                is_on_link: false,
+            };
+            tinydc::network::link::add_route(&socket, &route)
+        })?;
+        ensure!(stage.http(target, 8080).is_err(), "{target} is not reached past the published ports");
+    }
     Ok(())
 }
 

@@ -25,7 +25,7 @@
 
 use super::super::LINK_PREFIX;
 use super::super::netlink::{Socket, attributes};
-use super::super::overlay::VXLAN;
+use super::super::overlay::{VXLAN, VXLAN_PORT};
 use super::super::wireguard::Slot;
 use super::message::{
     DELETE_TABLE, Element, Expressions, Family, NEW_TABLE, Network4, TYPE_ADDRESS, TYPE_MARK, TYPE_PROTOCOL,
@@ -165,6 +165,10 @@ impl Table {
         self.neighbours = neighbours;
     }
 
+    pub fn neighbours(&self) -> &Neighbours {
+        &self.neighbours
+    }
+
     fn replace(&self, socket: &Socket, wanted: &Wanted) -> io::Result<()> {
         let mut all = Transaction::new(self.family);
         all.message(NEW_TABLE, super::super::netlink::CREATE);
@@ -202,6 +206,12 @@ impl Table {
         }
         for (chain, hook) in [("pre", 0), ("out", 3)] {
             all.base_chain(chain, "nat", hook, -100);
+            if chain == "pre" {
+                // Services' addresses are the cluster's own: whoever knows a route to them is refused when it is forwarded.
+                all.rule(chain, |rule| {
+                    rule.destination_in(shape.vips, true).source_in(shape.cluster, false).return_();
+                });
+            }
             all.rule(chain, |rule| {
                 rule.jump("lb");
             });
@@ -349,6 +359,18 @@ impl Table {
                 rule.input_link("lo", false).destination_in((Ipv4Addr::LOCALHOST, 8), true).drop();
             });
         }
+        for tunnel in TUNNELS {
+            all.rule("raw", |rule| {
+                rule.input_link(tunnel, true).source_in(shape.node, true).drop();
+            });
+        }
+        if !self.family.is_ipv6() {
+            // What a container packs up itself would come out as somebody else's.
+            all.rule("raw", |rule| {
+                rule.input_link_begins_with(LINK_PREFIX).is_protocol(UDP);
+                rule.destination_port(8).compare(8, true, &VXLAN_PORT.to_be_bytes()).drop();
+            });
+        }
         all.rule("raw", |rule| {
             for slot in Slot::ALL {
                 rule.input_link(slot.link_name(), false);
@@ -485,6 +507,20 @@ fn make_port_sets(all: &mut Transaction) {
     all.set("doors", &[TYPE_ADDRESS]);
     all.set("held", &[TYPE_PROTOCOL, TYPE_SERVICE]);
     all.set("held_at", &[TYPE_ADDRESS, TYPE_PROTOCOL, TYPE_SERVICE]);
+}
+
+/// Puts in the table's place one that lets containers send nothing. They have no addresses of this family then, but may
+/// make up some.
+pub fn guard(socket: &Socket, family: Family) -> io::Result<()> {
+    let mut all = Transaction::new(family);
+    all.message(NEW_TABLE, super::super::netlink::CREATE);
+    all.message(DELETE_TABLE, 0);
+    all.message(NEW_TABLE, super::super::netlink::CREATE);
+    all.base_chain("raw", "filter", 0, -300);
+    all.rule("raw", |rule| {
+        rule.input_link_begins_with(LINK_PREFIX).drop();
+    });
+    all.commit(socket)
 }
 
 pub fn delete_table(socket: &Socket, family: Family) -> io::Result<()> {
