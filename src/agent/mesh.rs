@@ -183,21 +183,18 @@ impl Mesh {
         let wanted = wiring.wanted.clone();
         let mut dead: Vec<Ipv4Addr> = before.wiring.alive.difference(&wiring.alive).copied().collect();
         let alive = wiring.alive.clone();
-        let (ipv6, outcome) = crate::tasks::unblock(move || {
+        let outcome = crate::tasks::unblock(move || {
             if is_first {
                 dead.extend(dead_since_last_run(&network, &alive));
             }
-            let early = has_ipv6.then(|| network.set_dual_stack(Some(&wanted)));
-            let outcome = network.apply(&wanted, &dead);
-            // What is to be taken away has time.
-            (early.unwrap_or_else(|| network.set_dual_stack(None)), outcome)
+            network.apply(&wanted, &dead, has_ipv6)
         })
         .await;
-        let (outcome, applied) = match outcome {
+        let (outcome, ipv6) = match outcome {
             Ok(Applied { taken, ipv6 }) => (Ok(taken), ipv6),
             Err(error) => (Err(error), Ok(())),
         };
-        let ipv6_problem = ipv6.and(applied).err().map(|error| chain(&error));
+        let ipv6_problem = ipv6.err().map(|error| chain(&error));
         if let Some(error) = ipv6_problem.as_ref().filter(|_| before.ipv6_problem != ipv6_problem) {
             warn!(error, "give containers IPv6");
         }

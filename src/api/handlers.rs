@@ -436,8 +436,10 @@ async fn settings(
     if found.verb == Verb::ChangeSetting {
         let (head, content) = request.into_parts();
         let wish: SettingValue = body::parse(content).await?;
-        if found.name == "encrypt" && wish.value == "true" {
-            refuse_if_some_cannot_encrypt(backend).await?;
+        match (found.name.as_str(), wish.value.as_str()) {
+            ("encrypt", "true") => refuse_if_some_cannot_encrypt(backend).await?,
+            ("ipv6", "true") => network::refuse_if_some_lack_ipv6(backend).await?,
+            _ => {}
         }
         let command = Command::ChangeSetting { key: found.name, value: wish.value };
         backend.submit(mark_of(&head.headers, &command)?, command).await?;

@@ -10,7 +10,7 @@ use super::handlers::{app_name, lan_addresses, mark_of};
 use super::network_check;
 use super::peer;
 use super::wire::*;
-use crate::agent::{HeldAddresses, NetworkView, WaysView, wiring};
+use crate::agent::{HeldAddresses, NetworkView, WaysView, chain, wiring};
 use crate::model::*;
 use crate::network::overlay::Way;
 use crate::network::{arp, foreign, lan};
@@ -34,7 +34,7 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
     let network = backend.ground.network.clone();
     let ranges = state.cluster().map(|cluster| (cluster.container_range, cluster.vip_range));
     let ula_prefix = state.ula_prefix();
-    let (connections, obstacles, ways, lans) = crate::tasks::unblock(move || {
+    let (connections, obstacles, ways, lans, ipv6) = crate::tasks::unblock(move || {
         let obstacles = ranges
             .map(|(containers, vips)| foreign::obstacles(containers, vips, ula_prefix))
             .unwrap_or_default();
@@ -50,7 +50,7 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
                 (number, way, kind.unwrap_or(way.name()))
             })
             .collect();
-        (connections, obstacles, ways, lan::interfaces().unwrap_or_default())
+        (connections, obstacles, ways, lan::interfaces().unwrap_or_default(), network.probe_ipv6())
     })
     .await;
     let name_of = |number: &u8| {
@@ -72,6 +72,7 @@ pub async fn own_facts(backend: &Arc<Backend>) -> NodeNetworkBody {
             .collect(),
         connections: connections.into_iter().map(|(address, count)| (address.to_string(), count)).gather(),
         floating: held.held.iter().map(ToString::to_string).collect(),
+        ipv6_obstacle: ipv6.err().map(|error| chain(&error)),
         problems,
     }
 }
@@ -155,6 +156,29 @@ async fn gather(backend: &Arc<Backend>) -> Vec<NodeNetworkBody> {
     }
     found.order_by(|a, b| a.node.cmp(&b.node));
     found
+}
+
+/// Names have IPv6 addresses everywhere or nowhere: what a node without it runs would be a dead end for all others.
+pub async fn refuse_if_some_lack_ipv6(backend: &Arc<Backend>) -> Result<(), ApiError> {
+    let state = backend.replica.state();
+    let nodes = gather(backend).await;
+    for node in state.nodes.rows().filter(|node| node.condition == Condition::Up) {
+        let facts = nodes.iter().find(|facts| facts.node == node.name);
+        let Some(facts) = facts else {
+            let told = format!("{} does not tell whether it has IPv6", node.name);
+            return Err(
+                ApiError::rejected(told).hint("see whether it is reached: tinydc net; then set it again")
+            );
+        };
+        if let Some(why) = &facts.ipv6_obstacle {
+            let told = format!("{} can't have IPv6: {why}", node.name);
+            return Err(ApiError::rejected(told).hint(
+                "load the module there (modprobe nft_fib_ipv6 nft_reject_ipv6), or give it a kernel that has it, and set \
+                 it again",
+            ));
+        }
+    }
+    Ok(())
 }
 
 async fn ask_facts(backend: &Backend, node: NodeId) -> Option<NodeNetworkBody> {

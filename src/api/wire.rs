@@ -554,6 +554,9 @@ pub struct NodeNetworkBody {
     pub connections: BTreeMap<String, u32>,
     /// Floating addresses that it holds.
     pub floating: Vec<String>,
+    /// Why containers there couldn't have IPv6.
+    #[serde(default)]
+    pub ipv6_obstacle: Option<String>,
     pub problems: Vec<NetworkProblemBody>,
 }
 

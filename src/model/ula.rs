@@ -5,14 +5,19 @@
 
 use super::ids::ClusterId;
 use std::fmt;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// A /96 of unique local addresses (RFC 4193).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct UlaPrefix([u8; 12]);
 
 impl UlaPrefix {
-    pub const LENGTH: u8 = 96;
+    const LENGTH: u8 = 96;
+
+    /// Of the network that embeds an IPv4 network with a prefix of this length.
+    pub const fn length(ipv4: u8) -> u8 {
+        UlaPrefix::LENGTH + ipv4
+    }
 
     /// The 40 bits that RFC 4193 wants drawn are the cluster's id's, which was.
     pub fn of(cluster: ClusterId) -> UlaPrefix {
@@ -34,6 +39,14 @@ impl UlaPrefix {
     pub fn extract(&self, address: Ipv6Addr) -> Option<Ipv4Addr> {
         let [prefix @ .., first, second, third, fourth] = address.octets();
         (prefix == self.0).then_some(Ipv4Addr::new(first, second, third, fourth))
+    }
+
+    /// The same of either family.
+    pub fn ipv4_of(&self, address: IpAddr) -> Option<Ipv4Addr> {
+        match address {
+            IpAddr::V4(address) => Some(address),
+            IpAddr::V6(address) => self.extract(address),
+        }
     }
 }
 

@@ -7,7 +7,7 @@
 use super::link::{self, Route};
 use super::netlink::Socket;
 use super::nft::{self, Family, Neighbours, Shape, Table};
-use super::overlay::{self, Numbers, Way};
+use super::overlay::{self, Way};
 use super::sysctl::{self, Before};
 use super::{BRIDGE, Network, NetworkConfig, NetworkError, Wanted, kernel};
 use crate::linux::netns;
@@ -16,27 +16,15 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use tracing::warn;
 
-const ROOT: &str = "/proc/sys/net/ipv6/conf";
 const SETTINGS: &str = "net/ipv6/";
 const SINGLE: u8 = 128;
 
-/// An IPv4 prefix's length, of the addresses that embed its own.
-const fn length(ipv4: u8) -> u8 {
-    UlaPrefix::LENGTH + ipv4
-}
-
-pub fn knows_ipv6() -> bool {
-    Path::new(ROOT).exists()
-}
-
 pub struct DualStack {
-    prefix: UlaPrefix,
-    numbers: Numbers,
-    vips: Ipv4Addr,
+    config: NetworkConfig,
     gateway: Ipv6Addr,
     table: Mutex<Table>,
     ways: Mutex<BTreeMap<u8, Way>>,
@@ -44,36 +32,45 @@ pub struct DualStack {
 
 impl DualStack {
     /// Nothing of it is in the kernel yet, or all that an earlier run has left.
-    pub fn new(config: &NetworkConfig, numbers: Numbers, shape: Shape) -> DualStack {
+    pub fn new(config: &NetworkConfig, shape: &Shape) -> DualStack {
         let prefix = config.ula_prefix;
         DualStack {
-            prefix,
-            numbers,
-            vips: config.vip_range,
+            config: config.clone(),
             gateway: prefix.embed(shape.node.0),
-            table: Mutex::new(Table::new(Family::Ipv6(prefix), shape)),
+            table: Mutex::new(Table::new(Family::Ipv6(prefix), shape.clone())),
             ways: Mutex::default(),
         }
+    }
+
+    /// Whether this machine could have it; nothing is changed.
+    pub fn probe(&self) -> Result<(), NetworkError> {
+        if !sysctl::knows_ipv6() {
+            return Err(kernel("this kernel has no IPv6")(io::ErrorKind::Unsupported.into()));
+        }
+        let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
+        let table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.probe(&netfilter).map_err(kernel(
+            "this kernel lacks a part of nf_tables for IPv6: it needs nft_fib_ipv6 and nft_reject_ipv6",
+        ))
     }
 
     /// Makes what is missing, for the containers that are there, too.
     pub fn open(
         &self,
-        config: &NetworkConfig,
         ways: &BTreeMap<u8, Way>,
-        (wanted, neighbours): (&Wanted, Neighbours),
+        wanted: &Wanted,
+        neighbours: Neighbours,
     ) -> Result<(), NetworkError> {
-        if !knows_ipv6() {
-            return Err(kernel("this kernel has no IPv6")(io::ErrorKind::Unsupported.into()));
-        }
+        self.probe()?;
         let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
         self.set_neighbours(&netfilter, neighbours);
         // Nothing passes before there are rules.
         self.apply(&netfilter, wanted)?;
-        forward(&Before::at(&config.run_dir))?;
+        sysctl::forward_ipv6(&Before::at(&self.config.run_dir))?;
         let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
         let bridge = link::index_of(BRIDGE).map_err(kernel(format!("find {BRIDGE}")))?;
-        allow_ipv6(BRIDGE)?;
+        sysctl::take_no_router(BRIDGE)?;
+        sysctl::switch_ipv6(BRIDGE, true)?;
         let gateway = self.gateway;
         link::add_address(&socket, bridge, gateway, SINGLE)
             .map_err(kernel(format!("give {BRIDGE} the address {gateway}")))?;
@@ -86,9 +83,8 @@ impl DualStack {
         if let Err(error) = self.follow(ways) {
             warn!(%error, "reach other nodes' containers by IPv6");
         }
-        for (container, address) in containers(&socket, &config.run_dir) {
-            let path = config.run_dir.join("netns").join(&container);
-            if let Err(error) = self.connect(&container, address, &path) {
+        for (container, address) in self.addresses(&socket) {
+            if let Err(error) = self.connect(&container, address, &self.netns_path(&container)) {
                 warn!(
                     error = &error as &dyn std::error::Error,
                     container, "give a container that runs its IPv6 address"
@@ -99,26 +95,47 @@ impl DualStack {
     }
 
     fn vip_route(&self, bridge: u32) -> Route<Ipv6Addr> {
-        let to = Some((self.prefix.embed(self.vips), length(16)));
+        let to = Some((self.config.ula_prefix.embed(self.config.vip_range), UlaPrefix::length(16)));
         Route { to, via: None, link: bridge, is_on_link: true }
     }
 
     fn containers(&self) -> (Ipv6Addr, u8) {
-        (self.prefix.embed(self.numbers.container_range), length(16))
+        (self.config.ula_prefix.embed(self.config.container_range), UlaPrefix::length(16))
+    }
+
+    fn netns_path(&self, container: &str) -> PathBuf {
+        self.config.run_dir.join("netns").join(container)
+    }
+
+    /// Containers here, by name, with the addresses that this node has given them: what they say themselves is not asked.
+    fn addresses(&self, socket: &Socket) -> Vec<(String, Ipv4Addr)> {
+        let routes = link::routes::<Ipv4Addr>(socket).unwrap_or_default();
+        let by_link: BTreeMap<u32, Ipv4Addr> = routes
+            .iter()
+            .filter_map(|route| route.to.filter(|(_, length)| *length == 32).map(|(to, _)| (route.link, to)))
+            .gather();
+        let entries = fs::read_dir(self.config.run_dir.join("netns")).into_iter().flatten().flatten();
+        entries
+            .filter_map(|entry| {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                let address = by_link.get(&link::index_of(&Network::veth_name(&name)).ok()?)?;
+                Some((name, *address))
+            })
+            .collect()
     }
 
     /// Gives a container that is connected by IPv4 its address.
     pub fn connect(&self, container: &str, address: Ipv4Addr, path: &Path) -> Result<(), NetworkError> {
         let name = Network::veth_name(container);
-        allow_ipv6(&name)?;
-        let (gateway, own) = (self.gateway, self.prefix.embed(address));
+        sysctl::switch_ipv6(&name, true)?;
+        let (gateway, own) = (self.gateway, self.config.ula_prefix.embed(address));
         let outside = link::index_of(&name).and_then(|index| Ok((index, link::hardware_of(index)?)));
         let (outer, outer_hardware) = outside.map_err(kernel(format!("find {name}")))?;
         let inner_hardware = netns::in_netns(path, move || {
             let socket = Socket::route()?;
             let index = link::index_of("eth0")?;
             link::take_ipv6(&socket, index)?;
-            allow_ipv6("eth0").map_err(io::Error::other)?;
+            sysctl::switch_ipv6("eth0", true).map_err(io::Error::other)?;
             link::add_address(&socket, index, own, SINGLE)?;
             let to_gateway = Route { to: Some((gateway, SINGLE)), via: None, link: index, is_on_link: true };
             link::add_route(&socket, &to_gateway)?;
@@ -153,13 +170,14 @@ impl DualStack {
     pub fn follow(&self, wanted: &BTreeMap<u8, Way>) -> io::Result<()> {
         let socket = Socket::route()?;
         let mut ways = self.ways.lock().unwrap_or_else(PoisonError::into_inner);
+        let (numbers, prefix) = (self.config.numbers(), self.config.ula_prefix);
         let gone: Vec<(u8, Way)> = ways
             .iter()
             .filter(|(number, _)| !wanted.contains_key(number))
             .map(|(number, way)| (*number, *way))
             .collect();
         for (number, way) in gone {
-            overlay::drop_embedded_way(&socket, &self.numbers, self.prefix, number, way);
+            overlay::drop_embedded_way(&socket, &numbers, prefix, number, way);
             ways.remove(&number);
         }
         let mut outcome = Ok(());
@@ -168,10 +186,7 @@ impl DualStack {
             if way.address().is_unspecified() {
                 continue;
             }
-            let set = overlay::embedded_link(&socket, &self.numbers, *way)
-                .and_then(|link| allow_ipv6(link).map_err(io::Error::other))
-                .and_then(|()| overlay::set_embedded_way(&socket, &self.numbers, self.prefix, *number, *way));
-            match set {
+            match overlay::set_embedded_way(&socket, &numbers, prefix, *number, *way) {
                 Ok(()) => {
                     ways.insert(*number, *way);
                 }
@@ -183,95 +198,65 @@ impl DualStack {
 
     /// Leaves only a rule that containers send nothing by IPv6. What is gone already need not be taken away, and what can't
     /// be taken away keeps nothing else here: the first error is told.
-    pub fn close(&self, config: &NetworkConfig) -> Result<(), NetworkError> {
-        if !knows_ipv6() {
+    pub fn close(&self) -> Result<(), NetworkError> {
+        if !sysctl::knows_ipv6() {
             return Ok(());
         }
-        let restored = Before::at(&config.run_dir)
-            .restore(SETTINGS, super::foreign::is_forwarding_used(true))
+        let restored = Before::at(&self.config.run_dir)
+            .restore(SETTINGS, super::foreign::is_forwarding_used(Family::Ipv6(self.config.ula_prefix)))
             .map_err(kernel("give the kernel's settings back"));
         let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
-        for (container, address) in containers(&socket, &config.run_dir) {
-            self.disconnect(&socket, &container, address, &config.run_dir.join("netns").join(&container));
+        for (container, address) in self.addresses(&socket) {
+            self.disconnect(&socket, &container, address);
         }
-        let ways = std::mem::take(&mut *self.ways.lock().unwrap_or_else(PoisonError::into_inner));
-        for (number, way) in ways {
-            overlay::drop_embedded_way(&socket, &self.numbers, self.prefix, number, way);
+        let (numbers, prefix) = (self.config.numbers(), self.config.ula_prefix);
+        for (number, way) in std::mem::take(&mut *self.ways.lock().unwrap_or_else(PoisonError::into_inner)) {
+            overlay::drop_embedded_way(&socket, &numbers, prefix, number, way);
+        }
+        // Also those of ways and containers that an earlier run knew.
+        for route in link::routes::<Ipv6Addr>(&socket).unwrap_or_default() {
+            let _ = link::delete_route(&socket, &route);
         }
         let _ = link::change_barrier(&socket, self.containers(), false);
         if let Ok(bridge) = link::index_of(BRIDGE) {
-            let _ = link::delete_route(&socket, &self.vip_route(bridge));
             let _ = link::delete_address(&socket, bridge, self.gateway, SINGLE);
         }
         // Last: nothing passes without rules.
-        let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
-        let guarded = nft::table::guard(&netfilter, Family::Ipv6(self.prefix))
-            .map_err(kernel("keep containers' IPv6 off this node"));
-        restored.and(guarded)
+        restored.and(self.guard())
+    }
+
+    fn guard(&self) -> Result<(), NetworkError> {
+        self.change_table(nft::table::guard, "keep containers' IPv6 off this node")
+    }
+
+    /// For as long as containers have no addresses: they may make up some.
+    pub fn keep_guard(&self) -> Result<(), NetworkError> {
+        self.change_table(nft::table::keep_guard, "keep containers' IPv6 off this node")
     }
 
     pub fn delete_table(&self) -> Result<(), NetworkError> {
-        if !knows_ipv6() {
+        self.change_table(nft::table::delete_table, "delete the nftables table of IPv6")
+    }
+
+    fn change_table(
+        &self,
+        change: fn(&Socket, Family) -> io::Result<()>,
+        step: &'static str,
+    ) -> Result<(), NetworkError> {
+        if !sysctl::knows_ipv6() {
             return Ok(());
         }
         let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
-        nft::table::delete_table(&netfilter, Family::Ipv6(self.prefix))
-            .map_err(kernel("delete the nftables table of IPv6"))
+        change(&netfilter, Family::Ipv6(self.config.ula_prefix)).map_err(kernel(step))
     }
 
-    fn disconnect(&self, socket: &Socket, container: &str, address: Ipv4Addr, path: &Path) {
-        let own = self.prefix.embed(address);
+    fn disconnect(&self, socket: &Socket, container: &str, address: Ipv4Addr) {
+        let own = self.config.ula_prefix.embed(address);
         // Takes the addresses of the link, and the routes.
-        let _ = netns::in_netns(path, || {
-            sysctl::set("net/ipv6/conf/eth0/disable_ipv6", "1").map_err(io::Error::other)
+        let _ = netns::in_netns(&self.netns_path(container), || {
+            sysctl::switch_ipv6("eth0", false).map_err(io::Error::other)
         });
-        if let Ok(index) = link::index_of(&Network::veth_name(container)) {
-            let route = Route { to: Some((own, SINGLE)), via: None, link: index, is_on_link: true };
-            let _ = link::delete_route(socket, &route);
-            if let Ok(hardware) = link::hardware_of(index) {
-                let _ = link::delete_neighbour(socket, index, own, hardware);
-            }
-        }
+        let index = link::index_of(&Network::veth_name(container));
+        let _ = index.and_then(|index| link::delete_neighbour(socket, index, own, link::hardware_of(index)?));
     }
-}
-
-/// Containers here, by name, with the addresses that this node has given them: what they say themselves is not asked.
-fn containers(socket: &Socket, run_dir: &Path) -> Vec<(String, Ipv4Addr)> {
-    let routes = link::routes(socket).unwrap_or_default();
-    let by_link: BTreeMap<u32, Ipv4Addr> = routes
-        .iter()
-        .filter_map(|route| route.to.filter(|(_, length)| *length == 32).map(|(to, _)| (route.link, to)))
-        .gather();
-    let entries = fs::read_dir(run_dir.join("netns")).into_iter().flatten().flatten();
-    entries
-        .filter_map(|entry| {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let address = by_link.get(&link::index_of(&Network::veth_name(&name)).ok()?)?;
-            Some((name, *address))
-        })
-        .collect()
-}
-
-/// Where the machine's owner has switched IPv6 off, tinydc's own links have it all the same. None has a router: what a
-/// container, or a machine on the LAN in a packet of VXLAN, advertises is no way for this node.
-fn allow_ipv6(link: &str) -> Result<(), NetworkError> {
-    sysctl::set(&format!("net/ipv6/conf/{link}/accept_ra"), "0")?;
-    sysctl::set(&format!("net/ipv6/conf/{link}/disable_ipv6"), "0")
-}
-
-/// Has the kernel forward. A machine that forwards takes no router's advertisements unless told to, and would lose its
-/// own IPv6 on the LAN: told first, for links to come, too.
-fn forward(before: &Before) -> Result<(), NetworkError> {
-    let links = fs::read_dir(ROOT).into_iter().flatten().flatten();
-    for link in links.map(|entry| entry.file_name().to_string_lossy().into_owned()) {
-        let says_1 = |name: &str| {
-            fs::read_to_string(format!("{ROOT}/{link}/{name}")).is_ok_and(|text| text.trim() == "1")
-        };
-        // One that forwards already takes none, and means it.
-        let takes_some = says_1("accept_ra") && !says_1("forwarding");
-        if takes_some && link != "all" && !super::lan::is_own(&link) {
-            before.set(&format!("net/ipv6/conf/{link}/accept_ra"), "2")?;
-        }
-    }
-    before.set(sysctl::IPV6_FORWARD, "1")
 }

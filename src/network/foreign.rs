@@ -2,6 +2,7 @@
 
 use super::lan;
 use super::netlink::{Batch, DUMP, Socket, attributes};
+use super::nft::Family;
 use super::nft::table::TABLE;
 use crate::model::UlaPrefix;
 use std::io;
@@ -33,11 +34,11 @@ struct ForwardChain {
 }
 
 /// Whether somebody else filters what this machine forwards of a family, and so means it to forward.
-pub fn is_forwarding_used(ipv6: bool) -> bool {
+pub fn is_forwarding_used(family: Family) -> bool {
     // The tables of the old iptables, which netlink doesn't list.
-    let (file, own) = match ipv6 {
-        false => ("/proc/net/ip_tables_names", FAMILY_IPV4),
-        true => ("/proc/net/ip6_tables_names", FAMILY_IPV6),
+    let (file, own) = match family {
+        Family::Ipv4 => ("/proc/net/ip_tables_names", FAMILY_IPV4),
+        Family::Ipv6(_) => ("/proc/net/ip6_tables_names", FAMILY_IPV6),
     };
     let old = std::fs::read_to_string(file).unwrap_or_default();
     let is_meant = |chain: &ForwardChain| [FAMILY_INET, own].contains(&chain.family);
@@ -56,10 +57,9 @@ pub fn obstacles(
     let dropping = || chains.iter().filter(|chain| chain.is_dropping);
     let of_ipv4 = dropping().filter(|chain| chain.family != FAMILY_IPV6);
     let mut found: Vec<Obstacle> = of_ipv4.map(|chain| explain(chain, "ip", &range)).collect();
-    let prefix = ula_prefix.map(|prefix| prefix.to_string());
-    for prefix in prefix.iter() {
+    if let Some(prefix) = ula_prefix.map(|prefix| prefix.to_string()) {
         let of_ipv6 = dropping().filter(|chain| chain.family != FAMILY_IPV4);
-        found.extend(of_ipv6.map(|chain| explain(chain, "ip6", prefix)));
+        found.extend(of_ipv6.map(|chain| explain(chain, "ip6", &prefix)));
     }
     let networks = lan::networks();
     for (range, what) in [(container_range, "containers"), (vip_range, "services")] {

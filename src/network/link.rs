@@ -40,6 +40,7 @@ const SCOPE_LINK: u8 = 253;
 pub trait Address: Copy {
     const FAMILY: u8;
     fn bytes(&self) -> Vec<u8>;
+    fn from_bytes(bytes: &[u8]) -> Option<Self>;
 }
 
 impl Address for Ipv4Addr {
@@ -48,6 +49,10 @@ impl Address for Ipv4Addr {
     fn bytes(&self) -> Vec<u8> {
         self.octets().into()
     }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Ipv4Addr> {
+        <[u8; 4]>::try_from(bytes).ok().map(Ipv4Addr::from)
+    }
 }
 
 impl Address for Ipv6Addr {
@@ -55,6 +60,10 @@ impl Address for Ipv6Addr {
 
     fn bytes(&self) -> Vec<u8> {
         self.octets().into()
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Ipv6Addr> {
+        <[u8; 16]>::try_from(bytes).ok().map(Ipv6Addr::from)
     }
 }
 
@@ -198,28 +207,26 @@ pub fn mtus(socket: &Socket) -> io::Result<BTreeMap<u32, u32>> {
 }
 
 /// One row of the main table of routes.
-struct TableRow {
-    route: Route,
+struct TableRow<A> {
+    route: Route<A>,
     protocol: u8,
 }
 
-fn table_rows(socket: &Socket) -> io::Result<Vec<TableRow>> {
+fn table_rows<A: Address>(socket: &Socket) -> io::Result<Vec<TableRow<A>>> {
     let mut batch = Batch::new();
-    batch.message(GET_ROUTE, DUMP, &[libc::AF_INET as u8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    batch.message(GET_ROUTE, DUMP, &[A::FAMILY, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
     let mut found = Vec::new();
     socket.dump(&batch, &mut |body| {
         let (Some(header), Some(rest)) = (body.get(..12), body.get(12..)) else { return };
-        if header[0] != libc::AF_INET as u8 || header[4] != TABLE_MAIN || header[7] != UNICAST {
+        if header[0] != A::FAMILY || header[4] != TABLE_MAIN || header[7] != UNICAST {
             return;
         }
-        let value = |wanted: u16| {
-            let (_, bytes) = attributes(rest).find(|(kind, _)| *kind == wanted)?;
-            <[u8; 4]>::try_from(bytes).ok()
-        };
+        let value = |wanted: u16| attributes(rest).find(|(kind, _)| *kind == wanted).map(|(_, bytes)| bytes);
+        let link = value(4).and_then(|bytes| bytes.try_into().ok());
         let route = Route {
-            to: value(1).map(|to| (Ipv4Addr::from(to), header[1])),
-            via: value(5).map(Ipv4Addr::from),
-            link: value(4).map_or(0, u32::from_ne_bytes),
+            to: value(1).and_then(A::from_bytes).map(|to| (to, header[1])),
+            via: value(5).and_then(A::from_bytes),
+            link: link.map_or(0, u32::from_ne_bytes),
             is_on_link: false,
         };
         found.push(TableRow { route, protocol: header[5] });
@@ -228,7 +235,7 @@ fn table_rows(socket: &Socket) -> io::Result<Vec<TableRow>> {
 }
 
 /// Routes that tinydc makes: static ones.
-pub fn routes(socket: &Socket) -> io::Result<Vec<Route>> {
+pub fn routes<A: Address>(socket: &Socket) -> io::Result<Vec<Route<A>>> {
     let rows = table_rows(socket)?.into_iter();
     Ok(rows
         .filter(|row| row.protocol == PROTOCOL_OWN && row.route.to.is_some())

@@ -33,7 +33,7 @@ pub use nft::table::{PortKey, PortRow, VipRow, Wanted};
 use crate::linux::netns;
 use crate::model::{Gather, UlaPrefix};
 use conntrack::Conversation;
-use dual_stack::{DualStack, knows_ipv6};
+use dual_stack::DualStack;
 use hold::Holds;
 use netlink::Socket;
 use nft::{Family, Neighbours, Shape, Table};
@@ -91,6 +91,12 @@ pub struct NetworkConfig {
     pub run_dir: PathBuf,
 }
 
+impl NetworkConfig {
+    fn numbers(&self) -> Numbers {
+        Numbers { container_range: self.container_range, own: self.number }
+    }
+}
+
 /// Where another node is, and how its containers are to be reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reach {
@@ -108,11 +114,12 @@ pub struct Applied {
 }
 
 /// Whether this node has IPv6, too.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Dual {
     /// As an earlier run has left it.
     Unknown,
     Off,
-    On(DualStack),
+    On,
 }
 
 pub struct Network {
@@ -120,11 +127,11 @@ pub struct Network {
     bridge_address: Ipv4Addr,
     ways: Mutex<BTreeMap<u8, Way>>,
     tunnels: Mutex<BTreeMap<Slot, Tunnel>>,
-    shape: Shape,
     table: Mutex<Table>,
+    dual_stack: DualStack,
     /// Read while a container is connected: none is missed when this changes. Taken before `ways` and `table`, never while
     /// one of them is held.
-    dual_stack: RwLock<Dual>,
+    dual: RwLock<Dual>,
     holds: Mutex<Holds>,
     /// Says when somebody deletes the table.
     table_changes: Option<Socket>,
@@ -163,14 +170,15 @@ impl Network {
             vips: (config.vip_range, 16),
             own_ports: config.own_ports.clone(),
         };
+        let dual_stack = DualStack::new(&config, &shape);
         let network = Network {
             config,
             bridge_address,
             ways: Mutex::default(),
             tunnels: Mutex::default(),
-            table: Mutex::new(Table::new(Family::Ipv4, shape.clone())),
-            dual_stack: RwLock::new(Dual::Unknown),
-            shape,
+            dual_stack,
+            table: Mutex::new(Table::new(Family::Ipv4, shape)),
+            dual: RwLock::new(Dual::Unknown),
             holds: Mutex::default(),
             // Without it the table is looked after now and then all the same.
             table_changes: Socket::table_changes().ok(),
@@ -195,17 +203,17 @@ impl Network {
     /// The container's namespace, connected: made if it is missing, or if it lacks its address.
     pub fn attach(&self, container: &str, address: Ipv4Addr) -> Result<PathBuf, NetworkError> {
         let path = self.netns_path(container);
-        let dual_stack = self.dual_stack.read().unwrap_or_else(PoisonError::into_inner);
-        let with_ipv6 = || match &*dual_stack {
-            Dual::On(dual_stack) => dual_stack.connect(container, address, &path),
-            Dual::Off | Dual::Unknown => Ok(()),
+        let dual = self.dual.read().unwrap_or_else(PoisonError::into_inner);
+        let has_ipv6 = *dual == Dual::On;
+        let with_ipv6 = || match has_ipv6 {
+            true => self.dual_stack.connect(container, address, &path),
+            false => Ok(()),
         };
         if path.exists() && address_in(&path) == Some(address) {
             return with_ipv6().map(|()| path.clone());
         }
         self.remove(container)?;
         netns::create(&path).map_err(kernel(format!("make the network namespace of {container}")))?;
-        let has_ipv6 = matches!(&*dual_stack, Dual::On(_));
         let outcome = self.connect(container, address, &path, has_ipv6).and_then(|()| with_ipv6());
         if outcome.is_err() {
             // Tried anew with the next launch; what is half made must not look whole.
@@ -235,9 +243,8 @@ impl Network {
         for (setting, value) in LINK_SYSCTLS {
             sysctl::set(&format!("net/ipv4/conf/{name}/{setting}"), value)?;
         }
-        if knows_ipv6() {
-            // What a container advertises is no way for this node.
-            sysctl::set(&format!("net/ipv6/conf/{name}/accept_ra"), "0")?;
+        sysctl::take_no_router(&name)?;
+        if sysctl::knows_ipv6() {
             link::index_of(&name)
                 .and_then(|index| link::take_ipv6(&socket, index))
                 .map_err(kernel(format!("take IPv6 from the link of {container}")))?;
@@ -266,7 +273,7 @@ impl Network {
 
     /// Takes the container's namespace away, and with it both ends of its link.
     pub fn detach(&self, container: &str) -> Result<(), NetworkError> {
-        let _unchanged = self.dual_stack.read().unwrap_or_else(PoisonError::into_inner);
+        let _unchanged = self.dual.read().unwrap_or_else(PoisonError::into_inner);
         self.remove(container)
     }
 
@@ -284,7 +291,7 @@ impl Network {
     }
 
     /// Brings the kernel to `wanted`; connections that one of `dead` answers are forgotten, so that they are reset.
-    pub fn apply(&self, wanted: &Wanted, dead: &[Ipv4Addr]) -> Result<Applied, NetworkError> {
+    pub fn apply(&self, wanted: &Wanted, dead: &[Ipv4Addr], has_ipv6: bool) -> Result<Applied, NetworkError> {
         let socket = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
         let applied = self.table.lock().unwrap_or_else(PoisonError::into_inner).apply(&socket, wanted);
         applied.map_err(kernel(
@@ -301,15 +308,20 @@ impl Network {
                 .map_err(kernel(format!("forget connections to {endpoint}")))?;
         }
         self.reset_clients(&waiting);
-        let ipv6 = self.apply_ipv6(&socket, wanted, dead);
+        let ipv6 = self.set_dual_stack(has_ipv6.then_some(wanted));
+        let ipv6 = ipv6.and_then(|()| self.apply_ipv6(&socket, wanted, dead));
         let mut holds = self.holds.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(Applied { taken: holds.set(&wanted.ports.keys().copied().gather()), ipv6 })
     }
 
     fn apply_ipv6(&self, socket: &Socket, wanted: &Wanted, dead: &[Ipv4Addr]) -> Result<(), NetworkError> {
-        let dual_stack = self.dual_stack.read().unwrap_or_else(PoisonError::into_inner);
-        let Dual::On(dual_stack) = &*dual_stack else { return Ok(()) };
-        dual_stack.apply(socket, wanted)?;
+        let dual = self.dual.read().unwrap_or_else(PoisonError::into_inner);
+        if *dual != Dual::On {
+            // A kernel that can't has nothing that would have to be kept off.
+            let _ = self.dual_stack.keep_guard();
+            return Ok(());
+        }
+        self.dual_stack.apply(socket, wanted)?;
         if dead.is_empty() {
             return Ok(());
         }
@@ -322,38 +334,44 @@ impl Network {
 
     /// Gives containers and services IPv6 addresses, with this table, or takes them away. Tried again, it does what is left
     /// to do.
-    pub fn set_dual_stack(&self, wanted: Option<&Wanted>) -> Result<(), NetworkError> {
+    fn set_dual_stack(&self, wanted: Option<&Wanted>) -> Result<(), NetworkError> {
+        let aim = if wanted.is_some() { Dual::On } else { Dual::Off };
         // Most often nothing changes, and no launch is waited for.
-        match (&*self.dual_stack.read().unwrap_or_else(PoisonError::into_inner), wanted) {
-            (Dual::On(_), Some(_)) | (Dual::Off, None) => return Ok(()),
-            _ => {}
+        if *self.dual.read().unwrap_or_else(PoisonError::into_inner) == aim {
+            return Ok(());
         }
-        let mut place = self.dual_stack.write().unwrap_or_else(PoisonError::into_inner);
-        match (&*place, wanted) {
-            (Dual::On(_), Some(_)) | (Dual::Off, None) => {}
-            (Dual::Unknown | Dual::Off, Some(wanted)) => {
-                let dual_stack = DualStack::new(&self.config, self.numbers(), self.shape.clone());
+        let mut dual = self.dual.write().unwrap_or_else(PoisonError::into_inner);
+        let outcome = match wanted {
+            Some(wanted) => {
                 let neighbours =
                     self.table.lock().unwrap_or_else(PoisonError::into_inner).neighbours().clone();
-                let opened = dual_stack.open(&self.config, &self.ways(), (wanted, neighbours));
-                if opened.is_err() && matches!(*place, Dual::Off) {
-                    // What is half made goes again; the reason is told, and this is tried again.
-                    let _ = dual_stack.close(&self.config);
-                }
-                opened?;
-                *place = Dual::On(dual_stack);
+                self.dual_stack.open(&self.ways(), wanted, neighbours)
             }
-            (Dual::On(dual_stack), None) => {
-                dual_stack.close(&self.config)?;
-                *place = Dual::Off;
+            None => self.dual_stack.close(),
+        };
+        match (outcome, *dual) {
+            // What is half made goes again; the reason is told, and this is tried again. What an earlier run has made serves
+            // on.
+            (Err(error), Dual::Off) => self.dual_stack.close().and(Err(error)),
+            // Once: what can't be taken away now goes when the node leaves.
+            (Err(_), Dual::Unknown) if aim == Dual::Off => {
+                *dual = aim;
+                Ok(())
             }
-            (Dual::Unknown, None) => {
-                // Once: what can't be taken away now goes when the node leaves.
-                let _ = DualStack::new(&self.config, self.numbers(), self.shape.clone()).close(&self.config);
-                *place = Dual::Off;
+            (Err(error), _) => Err(error),
+            (Ok(()), _) => {
+                *dual = aim;
+                Ok(())
             }
         }
-        Ok(())
+    }
+
+    /// Whether this machine could have IPv6, or has it.
+    pub fn probe_ipv6(&self) -> Result<(), NetworkError> {
+        match *self.dual.read().unwrap_or_else(PoisonError::into_inner) {
+            Dual::On => Ok(()),
+            Dual::Off | Dual::Unknown => self.dual_stack.probe(),
+        }
     }
 
     /// Ends connections of clients on this node, in whichever namespace they are.
@@ -386,12 +404,8 @@ impl Network {
         let socket = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
         let range = self.config.container_range.octets();
         let container_at = |address: IpAddr| {
-            let address = match address {
-                IpAddr::V4(address) => Some(address),
-                IpAddr::V6(address) => self.config.ula_prefix.extract(address),
-            };
             let is_container = |octets: [u8; 4]| octets[..2] == range[..2] && octets[3] > 1;
-            address.filter(|address| is_container(address.octets()))
+            self.config.ula_prefix.ipv4_of(address).filter(|address| is_container(address.octets()))
         };
         conntrack::counts(&socket, &container_at).map_err(kernel("list tracked connections"))
     }
@@ -413,7 +427,7 @@ impl Network {
     ) -> Result<(), NetworkError> {
         let interfaces = lan::interfaces().map_err(kernel("list interfaces"))?;
         let socket = Socket::route().map_err(kernel("open rtnetlink"))?;
-        let numbers = self.numbers();
+        let numbers = self.config.numbers();
         let mut ways = self.ways.lock().unwrap_or_else(PoisonError::into_inner);
         for (number, way) in ways.clone() {
             let is_forbidden = !is_clear_allowed && !way.is_sealed() && !wanted.contains_key(&number);
@@ -456,9 +470,10 @@ impl Network {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         table.set_neighbours(&netfilter, neighbours.clone());
         drop(table);
-        if let Dual::On(dual_stack) = &*self.dual_stack.read().unwrap_or_else(PoisonError::into_inner) {
-            dual_stack.set_neighbours(&netfilter, neighbours);
-            let followed = dual_stack.follow(&now);
+        let dual = self.dual.read().unwrap_or_else(PoisonError::into_inner);
+        if *dual == Dual::On {
+            self.dual_stack.set_neighbours(&netfilter, neighbours);
+            let followed = self.dual_stack.follow(&now);
             first_error = first_error.or(followed.err().map(kernel("reach other nodes' containers by IPv6")));
         }
         first_error.map_or(Ok(()), Err)
@@ -472,7 +487,7 @@ impl Network {
         let untouched = free().find(|slot| link::index_of(slot.link_name()).is_err());
         let slot = untouched.or_else(|| free().next()).ok_or(TunnelError::Both)?;
         let lan_mtu = Socket::route().map_or(MTU, |socket| overlay::lan_mtu(&socket));
-        let numbers = self.numbers();
+        let numbers = self.config.numbers();
         let tunnel = Tunnel::create(slot, numbers.network(numbers.own), lan_mtu)?;
         // Two nodes never change at the same moment: what comes through one tunnel may be answered through another.
         let loose = sysctl::set(&format!("net/ipv4/conf/{}/rp_filter", slot.link_name()), "2");
@@ -509,7 +524,7 @@ impl Network {
 
     /// A node's container network in the tunnel's terms.
     pub fn tunnel_peer(&self, number: u8, public_key: PublicKey, endpoint: SocketAddrV4) -> TunnelPeer {
-        let network = self.numbers().network(number);
+        let network = self.config.numbers().network(number);
         TunnelPeer { public_key, endpoint, network, ula_prefix: self.config.ula_prefix }
     }
 
@@ -524,7 +539,7 @@ impl Network {
         let greet = || -> io::Result<usize> {
             let socket = std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
             setsockopt(&socket, sockopt::BindToDevice, &slot.link_name().into())?;
-            socket.send_to(&[0], (self.numbers().network(number), DISCARD))
+            socket.send_to(&[0], (self.config.numbers().network(number), DISCARD))
         };
         // Without it the first packet does.
         let _ = greet();
@@ -558,10 +573,6 @@ impl Network {
         self.ways.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn numbers(&self) -> Numbers {
-        Numbers { container_range: self.config.container_range, own: self.config.number }
-    }
-
     /// Ways that an earlier run has made.
     fn found_ways(&self, socket: &Socket) -> io::Result<BTreeMap<u8, Way>> {
         let range = self.config.container_range.octets();
@@ -570,7 +581,7 @@ impl Network {
             .into_iter()
             .filter_map(|slot| Some((link::index_of(slot.link_name()).ok()?, slot)))
             .gather();
-        let ways = link::routes(socket)?.into_iter().filter_map(|route| {
+        let ways = link::routes::<Ipv4Addr>(socket)?.into_iter().filter_map(|route| {
             let (to, length) = route.to?;
             let [first, second, number, _] = to.octets();
             // Where a tunnel leads is not in the route: it is written anew.
@@ -604,12 +615,12 @@ impl Network {
         self.sweep(&BTreeSet::new())?;
         self.set_peers(&BTreeMap::new(), &BTreeSet::new(), &BTreeSet::new(), true)?;
         self.keep_tunnels(&BTreeSet::new())?;
-        let mut place = self.dual_stack.write().unwrap_or_else(PoisonError::into_inner);
-        let dual_stack = DualStack::new(&self.config, self.numbers(), self.shape.clone());
-        let closed = dual_stack.close(&self.config).and_then(|()| dual_stack.delete_table());
-        *place = Dual::Off;
+        let mut dual = self.dual.write().unwrap_or_else(PoisonError::into_inner);
+        let closed = self.dual_stack.close();
+        let closed = closed.and(self.dual_stack.delete_table());
+        *dual = Dual::Off;
         sysctl::Before::at(&self.config.run_dir)
-            .restore("", foreign::is_forwarding_used(false))
+            .restore("", foreign::is_forwarding_used(Family::Ipv4))
             .map_err(kernel("give the kernel's settings back"))?;
         let netfilter = Socket::netfilter().map_err(kernel("open nfnetlink"))?;
         nft::table::delete_table(&netfilter, Family::Ipv4).map_err(kernel("delete the nftables table"))?;
@@ -646,8 +657,8 @@ const LINK_SYSCTLS: [(&str, &str); 2] = [("send_redirects", "0"), ("rp_filter", 
 /// By the link-local address that the kernel gives each end of a link containers would reach whatever listens on this node,
 /// past every rule.
 fn set_ipv6_off() -> Result<(), NetworkError> {
-    if !knows_ipv6() {
+    if !sysctl::knows_ipv6() {
         return Ok(());
     }
-    sysctl::set("net/ipv6/conf/default/disable_ipv6", "1")
+    sysctl::switch_ipv6("default", false)
 }

@@ -141,15 +141,8 @@ fn sealed_route(network: Ipv4Addr, slot: Slot) -> io::Result<Route> {
     Ok(Route { to: Some((network, 24)), via: None, link, is_on_link: true })
 }
 
-/// By which link IPv6 goes this way, made if it is missing. Never over the LAN itself: nodes need no IPv6 addresses there.
-pub fn embedded_link(socket: &Socket, numbers: &Numbers, way: Way) -> io::Result<&'static str> {
-    match way {
-        Way::Direct { .. } | Way::Tunnel { .. } => tunnel(socket, numbers).map(|_| VXLAN),
-        Way::Sealed { slot, .. } => Ok(slot.link_name()),
-    }
-}
-
-/// Brings one node's route of IPv6 to where its route of IPv4 leads.
+/// Brings one node's route of IPv6 to where its route of IPv4 leads, but never over the LAN itself: nodes need no IPv6
+/// addresses there.
 pub fn set_embedded_way(
     socket: &Socket,
     numbers: &Numbers,
@@ -159,9 +152,13 @@ pub fn set_embedded_way(
 ) -> io::Result<()> {
     if let Way::Direct { via: to } | Way::Tunnel { to } = way {
         let index = tunnel(socket, numbers)?;
+        sysctl::switch_ipv6(VXLAN, true).map_err(io::Error::other)?;
         let hardware = numbers.hardware(number);
         link::put_neighbour(socket, index, prefix.embed(numbers.network(number)), hardware)?;
         link::put_forwarding(socket, index, hardware, to)?;
+    }
+    if let Way::Sealed { slot, .. } = way {
+        sysctl::switch_ipv6(slot.link_name(), true).map_err(io::Error::other)?;
     }
     let route = embedded_route(numbers, prefix, number, way)?;
     match link::add_route(socket, &route) {
@@ -196,7 +193,7 @@ fn embedded_route(numbers: &Numbers, prefix: UlaPrefix, number: u8, way: Way) ->
         Way::Direct { .. } | Way::Tunnel { .. } => (VXLAN, Some(network)),
         Way::Sealed { slot, .. } => (slot.link_name(), None),
     };
-    let to = Some((network, UlaPrefix::LENGTH + 24));
+    let to = Some((network, UlaPrefix::length(24)));
     Ok(Route { to, via, link: link::index_of(name)?, is_on_link: true })
 }
 
@@ -209,10 +206,7 @@ fn tunnel(socket: &Socket, numbers: &Numbers) -> io::Result<u32> {
     link::add_vxlan(socket, VXLAN, VXLAN_ID, VXLAN_PORT, numbers.hardware(numbers.own), mtu)?;
     let index = link::index_of(VXLAN)?;
     link::add_address(socket, index, numbers.network(numbers.own), 32)?;
-    if super::knows_ipv6() {
-        // What somebody on the LAN advertises in it is no way for this node.
-        sysctl::set(&format!("net/ipv6/conf/{VXLAN}/accept_ra"), "0").map_err(io::Error::other)?;
-    }
+    sysctl::take_no_router(VXLAN).map_err(io::Error::other)?;
     Ok(index)
 }
 

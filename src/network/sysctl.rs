@@ -3,14 +3,15 @@
 //! What was there before is kept in a file beside the other things that end with the machine, so that it is known to
 //! whichever daemon leaves.
 
-use super::NetworkError;
+use super::{NetworkError, lan};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 const ROOT: &str = "/proc/sys";
 pub const IP_FORWARD: &str = "net/ipv4/ip_forward";
-pub const IPV6_FORWARD: &str = "net/ipv6/conf/all/forwarding";
+const IPV6_LINKS: &str = "net/ipv6/conf";
+const IPV6_FORWARD: &str = "net/ipv6/conf/all/forwarding";
 
 pub fn set(name: &str, value: &'static str) -> Result<(), NetworkError> {
     let path = Path::new(ROOT).join(name);
@@ -18,6 +19,40 @@ pub fn set(name: &str, value: &'static str) -> Result<(), NetworkError> {
         return Ok(());
     }
     fs::write(&path, value).map_err(|source| NetworkError::Sysctl { path, value, source })
+}
+
+pub fn knows_ipv6() -> bool {
+    Path::new(ROOT).join(IPV6_LINKS).exists()
+}
+
+/// No link of tinydc's own has a router behind it: what a container, or a machine on the LAN in a packet of VXLAN,
+/// advertises is no way for this node.
+pub fn take_no_router(link: &str) -> Result<(), NetworkError> {
+    match knows_ipv6() {
+        true => set(&format!("{IPV6_LINKS}/{link}/accept_ra"), "0"),
+        false => Ok(()),
+    }
+}
+
+/// Where the machine's owner has switched IPv6 off, tinydc's own links may have it all the same.
+pub fn switch_ipv6(link: &str, is_on: bool) -> Result<(), NetworkError> {
+    set(&format!("{IPV6_LINKS}/{link}/disable_ipv6"), if is_on { "0" } else { "1" })
+}
+
+/// Has the kernel forward IPv6. A machine that forwards takes no router's advertisements unless told to, and would lose its
+/// own IPv6 on the LAN: told first, for links to come, too.
+pub fn forward_ipv6(before: &Before) -> Result<(), NetworkError> {
+    let links = fs::read_dir(Path::new(ROOT).join(IPV6_LINKS)).into_iter().flatten().flatten();
+    for link in links.map(|entry| entry.file_name().to_string_lossy().into_owned()) {
+        let is_1 = |name: &str| {
+            read(&Path::new(ROOT).join(IPV6_LINKS).join(&link).join(name)).as_deref() == Some("1")
+        };
+        // One that forwards already takes none, and means it.
+        if is_1("accept_ra") && !is_1("forwarding") && link != "all" && !lan::is_own(&link) {
+            before.set(&format!("{IPV6_LINKS}/{link}/accept_ra"), "2")?;
+        }
+    }
+    before.set(IPV6_FORWARD, "1")
 }
 
 /// As it was before this node's first change.

@@ -1,18 +1,16 @@
 //! IPv6 beside IPv4 within the cluster: names, services' addresses, isolation and deaths, on the LAN and encrypted.
 
 use super::Scenario;
+use super::mirror::{MUCH, Mirror, PORT, by_new_udp, by_tcp, fetch_much};
 use super::network::{containers, named, vip};
 use super::stage::{Stage, until};
 use anyhow::{Context, Result, ensure};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::io::{self, Read};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 use std::time::{Duration, Instant};
 use tinydc::linux::netns;
 
@@ -25,72 +23,9 @@ pub const SCENARIOS: &[Scenario] = &[Scenario {
     run: dual_stack,
 }];
 
-const PORT: u16 = 9_200;
 const LIMIT: Duration = Duration::from_secs(10);
-const ASKED: usize = 120;
-const MUCH: usize = 1 << 20;
-
-/// Listens beside each container's own program, on IPv6, and says which endpoint answers and whom it sees; to a `!` more
-/// than fits into many packets. A client that says nothing first gets no answer.
-struct Mirror {
-    stop: Arc<AtomicBool>,
-}
-
-impl Mirror {
-    fn start(containers: &[(PathBuf, Ipv4Addr)]) -> Result<Mirror> {
-        let stop = Arc::new(AtomicBool::new(false));
-        for (netns, own) in containers {
-            let own = *own;
-            let listener = netns::in_netns(netns, || TcpListener::bind((Ipv6Addr::UNSPECIFIED, PORT)))?;
-            listener.set_nonblocking(true)?;
-            let flag = stop.clone();
-            thread::spawn(move || {
-                while !flag.load(Ordering::Relaxed) {
-                    match listener.accept() {
-                        Ok((stream, peer)) => drop(thread::spawn(move || answer(stream, own, peer))),
-                        Err(_) => thread::sleep(Duration::from_millis(1)),
-                    }
-                }
-            });
-        }
-        Ok(Mirror { stop })
-    }
-}
-
-impl Drop for Mirror {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
-}
-
-fn answer(mut stream: TcpStream, own: Ipv4Addr, peer: SocketAddr) {
-    // A client that went away has failed for its own reason.
-    let _ = stream.set_nonblocking(false);
-    let mut question = [0];
-    match stream.read(&mut question) {
-        Ok(1) if question == *b"!" => drop(stream.write_all(&vec![7; MUCH])),
-        Ok(1) => drop(write!(stream, "{own} {}", peer.ip())),
-        _ => {}
-    }
-}
-
-/// Who answered, and whom it saw.
-fn ask(at: SocketAddr) -> io::Result<(Ipv4Addr, IpAddr)> {
-    let mut stream = TcpStream::connect_timeout(&at, LIMIT)?;
-    stream.set_read_timeout(Some(LIMIT))?;
-    stream.write_all(b"?")?;
-    let mut text = String::new();
-    stream.read_to_string(&mut text)?;
-    let parts = text.split_once(' ').and_then(|(own, peer)| Some((own.parse().ok()?, peer.parse().ok()?)));
-    parts.ok_or_else(|| io::Error::other(format!("not an answer: {text:?}")))
-}
-
-fn fetch_much(at: SocketAddr) -> io::Result<usize> {
-    let mut stream = TcpStream::connect_timeout(&at, LIMIT)?;
-    stream.set_read_timeout(Some(LIMIT))?;
-    stream.write_all(b"!")?;
-    stream.read_to_end(&mut Vec::new())
-}
+const ASKED: usize = 150;
+const EAR_PORT: u16 = 9_200;
 
 /// The cluster's prefix, as `tinydc net` says it.
 fn prefix(stage: &Stage) -> Result<Option<Ipv6Addr>> {
@@ -165,7 +100,7 @@ fn dual_stack(stage: &mut Stage) -> Result<()> {
         let direct = servers.iter().map(|(_, address)| SocketAddr::from((embed(prefix, *address), PORT)));
         let asked: Vec<_> = clients
             .iter()
-            .flat_map(|(netns, _)| direct.clone().map(move |at| netns::in_netns(netns, || ask(at))))
+            .flat_map(|(netns, _)| direct.clone().map(move |at| netns::in_netns(netns, || by_tcp(at))))
             .collect();
         Ok(asked.iter().all(|answer| answer.is_ok()))
     })?;
@@ -227,7 +162,9 @@ fn is_balanced(
     at: SocketAddr,
 ) -> Result<()> {
     for (netns, own) in clients.iter().chain(servers.first()) {
-        let answers = netns::in_netns(netns, || (0..ASKED).map(|_| ask(at)).collect::<io::Result<Vec<_>>>());
+        netns::in_netns(netns, || by_new_udp(at)).with_context(|| format!("{own} asks {at} by UDP"))?;
+        let answers =
+            netns::in_netns(netns, || (0..ASKED).map(|_| by_tcp(at)).collect::<io::Result<Vec<_>>>());
         let mut shares: BTreeMap<Ipv4Addr, usize> = BTreeMap::new();
         for (server, seen) in answers.with_context(|| format!("{own} asks {at}"))? {
             let is_right = seen == IpAddr::V6(embed(prefix, *own)) || server == *own;
@@ -254,14 +191,14 @@ fn strangers_stay_apart(
     let (stranger, own) = containers(stage, "blog", "stranger")?.into_iter().next().context("it runs")?;
     for at in servers.iter().map(|(_, address)| (embed(prefix, *address), PORT).into()).chain([at]) {
         let begin = Instant::now();
-        let answer = netns::in_netns(&stranger, || ask(at));
+        let answer = netns::in_netns(&stranger, || by_tcp(at));
         ensure!(answer.is_err() && begin.elapsed() < Duration::from_secs(2), "{at} by {own}: {answer:?}");
     }
     // A node itself reaches all.
-    stage.lab.nodes[0].inside(|| ask(at)).context("a node asks")?;
+    stage.lab.nodes[0].inside(|| by_tcp(at)).context("a node asks")?;
     let [(victim, from), (hears, to), ..] = servers else { anyhow::bail!("three run") };
-    let (from, to) = (embed(prefix, *from), SocketAddr::from((embed(prefix, *to), PORT)));
-    let ear = netns::in_netns(hears, || UdpSocket::bind((Ipv6Addr::UNSPECIFIED, PORT)))?;
+    let (from, to) = (embed(prefix, *from), SocketAddr::from((embed(prefix, *to), EAR_PORT)));
+    let ear = netns::in_netns(hears, || UdpSocket::bind((Ipv6Addr::UNSPECIFIED, EAR_PORT)))?;
     ear.set_read_timeout(Some(Duration::from_millis(500)))?;
     let say = || UdpSocket::bind((from, 0))?.send_to(b"x", to);
     netns::in_netns(victim, say)?;
@@ -301,21 +238,17 @@ fn a_waiting_client_is_told(
     let pid = stage.pids(0, "shop")?.get("shop/web.1").copied().context("web runs")?;
     stage.kill_process(pid)?;
     let begin = Instant::now();
-    let mut ended = 0;
-    while begin.elapsed() < Duration::from_secs(1) {
-        ended = 0;
-        for stream in &waiting {
-            stream.set_nonblocking(true)?;
-            let outcome = (&*stream).read(&mut [0]);
-            ended += usize::from(!outcome.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock));
-        }
-        if ended > 0 {
-            break;
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
+    waiting.iter().try_for_each(|stream| stream.set_nonblocking(true))?;
+    let is_told = |mut stream: &TcpStream| {
+        !stream.read(&mut [0]).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+    };
+    let mut told = 0;
+    until("those who waited for it know", Duration::from_secs(1), || {
+        told = waiting.iter().filter(|stream| is_told(stream)).count();
+        Ok(told > 0)
+    })?;
     stage.note("a container was killed → those who waited for it know", begin);
-    ensure!((1..waiting.len()).contains(&ended), "{ended} of {} were told", waiting.len());
+    ensure!(told < waiting.len(), "those who wait for another one are left alone");
     stage.wait_up(0, "shop", 6, LIMIT)
 }
 
@@ -355,7 +288,7 @@ fn encryption_carries_it(stage: &mut Stage, prefix: Ipv6Addr) -> Result<()> {
     let _mirror = Mirror::start(&servers)?;
     let at: SocketAddr = (embed(prefix, vip(stage, 0, "late", "web")?), PORT).into();
     until("it is carried", LIMIT, || {
-        let asked: Vec<_> = servers.iter().map(|(netns, _)| netns::in_netns(netns, || ask(at))).collect();
+        let asked: Vec<_> = servers.iter().map(|(netns, _)| netns::in_netns(netns, || by_tcp(at))).collect();
         Ok(asked.iter().all(|answer| answer.is_ok()))
     })?;
     is_balanced(prefix, &servers, &servers, at)?;
@@ -389,10 +322,20 @@ fn it_goes_again(stage: &Stage, prefix: Ipv6Addr) -> Result<()> {
             Ok(asked.status.success() && !text.contains(start))
         })?;
     }
-    let guard = stage.lab.nodes[0]
-        .inside(|| Command::new("nft").args(["list", "table", "ip6", "tinydc"]).output())?;
-    let guard = String::from_utf8(guard.stdout)?;
-    ensure!(guard.contains(r#"iifname "tdv-*" drop"#) && !guard.contains("map"), "{guard}");
+    let first = &stage.lab.nodes[0];
+    let table = |verb: &'static str| {
+        let words = [verb, "table", "ip6", "tinydc"];
+        Ok::<_, anyhow::Error>(String::from_utf8(
+            first.inside(|| Command::new("nft").args(words).output())?.stdout,
+        )?)
+    };
+    let is_guarded = || {
+        let text = table("list")?;
+        Ok(text.contains(r#"iifname "tdv-*" drop"#) && !text.contains("map"))
+    };
+    until("containers send nothing by IPv6", LIMIT, is_guarded)?;
+    table("delete")?;
+    until("nor when somebody has deleted the rule", LIMIT, is_guarded)?;
     for (netns, own) in containers(stage, "shop", "ask")? {
         until("containers have IPv4 only", LIMIT, || Ok(!has_address(&netns, embed(prefix, own))?))?;
         until("and names, too", LIMIT, || Ok(dig(&netns, server_of(own), &["web", "AAAA"])?.is_empty()))?;

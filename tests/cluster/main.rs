@@ -22,6 +22,7 @@ mod joining;
 mod leftovers;
 mod limits;
 mod local_names;
+mod mirror;
 mod names;
 mod network;
 mod people;

@@ -2,17 +2,15 @@
 //! without a leader; and that addresses outlive a restart of everything.
 
 use super::Scenario;
+use super::mirror::{Mirror, PORT, Seen, by_new_udp, by_tcp, by_udp, datagrams};
 use super::network::{ask_from, containers, holder, named, vip};
 use super::stage::{Stage, throughout, until, web};
 use anyhow::{Context, Result, ensure};
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::path::{Path, PathBuf};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::{Duration, Instant};
 use tinydc::linux::netns;
 use tinydc::network::arp::{self, Ears};
@@ -42,100 +40,9 @@ pub const SCENARIOS: &[Scenario] = &[
     },
 ];
 
-const PORT: u16 = 9_100;
 const LIMIT: Duration = Duration::from_secs(10);
 /// A share of a third is below a sixth of these once in a million.
 const ASKED: usize = 150;
-
-/// Says to whoever asks, by TCP and UDP, which endpoint answers and whom it sees.
-struct Mirror {
-    stop: Arc<AtomicBool>,
-    threads: Vec<JoinHandle<()>>,
-}
-
-impl Mirror {
-    fn start(containers: &[(PathBuf, Ipv4Addr)]) -> Result<Mirror> {
-        let stop = Arc::new(AtomicBool::new(false));
-        let mut threads = Vec::new();
-        for (netns, own) in containers {
-            let own = *own;
-            let (listener, socket) = netns::in_netns(netns, || {
-                let any = (Ipv4Addr::UNSPECIFIED, PORT);
-                Ok((TcpListener::bind(any)?, UdpSocket::bind(any)?))
-            })?;
-            listener.set_nonblocking(true)?;
-            socket.set_read_timeout(Some(Duration::from_millis(20)))?;
-            let flag = stop.clone();
-            threads.push(thread::spawn(move || {
-                while !flag.load(Ordering::Relaxed) {
-                    match listener.accept() {
-                        // A client that went away has failed for its own reason.
-                        Ok((mut stream, peer)) => {
-                            let _ = write!(stream, "{own} {}", peer.ip());
-                        }
-                        Err(_) => thread::sleep(Duration::from_millis(1)),
-                    }
-                }
-            }));
-            let flag = stop.clone();
-            threads.push(thread::spawn(move || {
-                let mut buffer = [0; 16];
-                while !flag.load(Ordering::Relaxed) {
-                    if let Ok((_, peer)) = socket.recv_from(&mut buffer) {
-                        let _ = socket.send_to(format!("{own} {}", peer.ip()).as_bytes(), peer);
-                    }
-                }
-            }));
-        }
-        Ok(Mirror { stop, threads })
-    }
-}
-
-impl Drop for Mirror {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        for thread in self.threads.drain(..) {
-            // It has told of its panic already.
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Who answered, and whom it saw.
-fn seen(text: &[u8]) -> std::io::Result<(Ipv4Addr, Ipv4Addr)> {
-    let text = String::from_utf8_lossy(text).into_owned();
-    let parts = text.split_once(' ').and_then(|(own, peer)| Some((own.parse().ok()?, peer.parse().ok()?)));
-    parts.ok_or_else(|| std::io::Error::other(format!("not an answer: {text:?}")))
-}
-
-fn by_tcp(at: SocketAddr) -> std::io::Result<(Ipv4Addr, Ipv4Addr)> {
-    let mut stream = TcpStream::connect_timeout(&at, LIMIT)?;
-    stream.set_read_timeout(Some(LIMIT))?;
-    let mut text = Vec::new();
-    stream.read_to_end(&mut text)?;
-    seen(&text)
-}
-
-/// A socket that hears only what comes from there.
-fn datagrams(at: SocketAddr) -> std::io::Result<UdpSocket> {
-    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-    socket.connect(at)?;
-    socket.set_read_timeout(Some(Duration::from_millis(300)))?;
-    Ok(socket)
-}
-
-fn by_udp(socket: &UdpSocket) -> std::io::Result<(Ipv4Addr, Ipv4Addr)> {
-    socket.send(b"who?")?;
-    let mut buffer = [0; 64];
-    let length = socket.recv(&mut buffer)?;
-    seen(&buffer[..length])
-}
-
-/// One more try: a datagram may get lost on a busy machine.
-fn by_new_udp(at: SocketAddr) -> std::io::Result<(Ipv4Addr, Ipv4Addr)> {
-    let socket = datagrams(at)?;
-    by_udp(&socket).or_else(|_| by_udp(&socket))
-}
 
 fn sources_and_datagrams(stage: &mut Stage) -> Result<()> {
     stage.form(3)?;
@@ -162,14 +69,10 @@ fn sources_and_datagrams(stage: &mut Stage) -> Result<()> {
     conversations_move_on(stage, client, at)
 }
 
-fn come_evenly_from(
-    endpoints: &BTreeSet<Ipv4Addr>,
-    own: Ipv4Addr,
-    answers: &[(Ipv4Addr, Ipv4Addr)],
-) -> Result<()> {
+fn come_evenly_from(endpoints: &BTreeSet<Ipv4Addr>, own: Ipv4Addr, answers: &[Seen]) -> Result<()> {
     let mut shares: BTreeMap<Ipv4Addr, usize> = BTreeMap::new();
     for (server, client) in answers {
-        ensure!(*client == own, "{server} sees {client}");
+        ensure!(*client == IpAddr::V4(own), "{server} sees {client}");
         *shares.entry(*server).or_default() += 1;
     }
     let is_even = shares.keys().eq(endpoints) && shares.values().all(|share| *share >= ASKED / 6);

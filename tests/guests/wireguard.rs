@@ -21,7 +21,7 @@ pub const CASES: &[Case] = &[Case {
     name: "wireguard",
     proves: "with encrypt two boards talk through their kernels' WireGuard: a connection between containers goes on while it \
              is switched on, given new keys and switched off, and the LAN carries nothing of it in clear; with ipv6 they \
-             talk by that, too; a board whose kernel has no WireGuard is named",
+             talk by that, too; a board whose kernel has neither is named",
     run: wireguard,
 }];
 
@@ -261,6 +261,7 @@ fn wireguard(field: &mut Field) -> Result<()> {
     field.note("changed back", begin);
     talk.check(field, "changed back")?;
     talks_by_ipv6(field, "in clear")?;
+    field.laptop(&["settings", "ipv6", "false"])?;
     talk.end()?;
     refused_by_one_that_cannot(field)
 }
@@ -281,17 +282,21 @@ fn talks_by_ipv6(field: &mut Field, how: &str) -> Result<()> {
     Ok(())
 }
 
-/// A board whose kernel has no WireGuard: it says so when it is asked, and nothing changes.
+/// A board whose kernel has no WireGuard and no IPv6: it says so when it is asked, and nothing changes.
 fn refused_by_one_that_cannot(field: &mut Field) -> Result<()> {
     field.guests[1].type_last("poweroff")?;
     field.guests[1].wait_off(LIMIT)?;
-    field.guests[1].set_kernel("module_blacklist=wireguard", Vec::new());
+    field.guests[1].set_kernel("module_blacklist=wireguard ipv6.disable=1", Vec::new());
     field.start(1)?;
     field.guests[1].wait_ready()?;
     until("both are up", LIMIT, || Ok(nodes_up(field)? == 2))?;
-    let refused = field.laptop(&["settings", "encrypt", "true"]).err().context("encrypt is refused")?;
-    let told = format!("{refused:#}");
-    ensure!(told.contains("pi2 can't encrypt"), "{told}");
+    for (setting, wanted) in
+        [("encrypt", "pi2 can't encrypt"), ("ipv6", "pi2 can't have IPv6: this kernel has no IPv6")]
+    {
+        let refused = field.laptop(&["settings", setting, "true"]).err();
+        let told = format!("{:#}", refused.with_context(|| format!("{setting} is refused"))?);
+        ensure!(told.contains(wanted), "{told}");
+    }
     ensure!(both_ways(field, "direct")?, "nothing has changed");
     Ok(())
 }

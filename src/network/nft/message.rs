@@ -404,18 +404,24 @@ pub type Element = (Vec<u8>, Vec<u8>);
 pub struct Transaction {
     batch: Batch,
     family: Family,
+    table: &'static str,
     sets: u32,
 }
 
 impl Transaction {
     pub fn new(family: Family) -> Transaction {
+        Transaction::of(family, TABLE)
+    }
+
+    /// About another table than tinydc's own.
+    pub fn of(family: Family, table: &'static str) -> Transaction {
         let mut batch = Batch::new();
         batch.message(BATCH_BEGIN, 0, &header(0, 10));
-        Transaction { batch, family, sets: 0 }
+        Transaction { batch, family, table, sets: 0 }
     }
 
     pub fn message(&mut self, kind: u16, flags: u16) -> &mut Batch {
-        self.batch.message(kind, flags, &header(self.family.number(), 0)).text(1, TABLE)
+        self.batch.message(kind, flags, &header(self.family.number(), 0)).text(1, self.table)
     }
 
     pub fn map(&mut self, name: &str, key: &[u32], value: &[u32]) {

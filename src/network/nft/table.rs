@@ -44,6 +44,7 @@ const FEW_ENDPOINTS: usize = 6;
 const MANY_SLOTS: u32 = 840;
 /// By which other nodes' containers come in with addresses of IPv6.
 const TUNNELS: [&str; 3] = [VXLAN, Slot::First.link_name(), Slot::Second.link_name()];
+const GUARD: &str = "guard";
 const TCP: u8 = libc::IPPROTO_TCP as u8;
 const UDP: u8 = libc::IPPROTO_UDP as u8;
 
@@ -169,21 +170,33 @@ impl Table {
         &self.neighbours
     }
 
+    /// Whether the kernel would take the table: it is made under another name, and gone with the same transaction.
+    pub fn probe(&self, socket: &Socket) -> io::Result<()> {
+        let mut all = Transaction::of(self.family, "tinydc-probe");
+        all.message(NEW_TABLE, super::super::netlink::CREATE);
+        self.fill(&mut all);
+        all.message(DELETE_TABLE, 0);
+        all.commit(socket)
+    }
+
     fn replace(&self, socket: &Socket, wanted: &Wanted) -> io::Result<()> {
         let mut all = Transaction::new(self.family);
-        all.message(NEW_TABLE, super::super::netlink::CREATE);
-        all.message(DELETE_TABLE, 0);
-        all.message(NEW_TABLE, super::super::netlink::CREATE);
-        make_sets(&mut all, self.family);
-        self.make_balancing(&mut all);
-        self.make_masquerading(&mut all);
-        self.make_isolation(&mut all);
-        self.make_source_checks(&mut all);
-        self.make_filters(&mut all);
-        self.make_local_filters(&mut all);
+        renew(&mut all);
+        self.fill(&mut all);
         put_changes(&mut all, self.family, &Wanted::default(), wanted);
         put_neighbours(&mut all, self.family, &Neighbours::default(), &self.neighbours);
         all.commit(socket)
+    }
+
+    /// What does not change.
+    fn fill(&self, all: &mut Transaction) {
+        make_sets(all, self.family);
+        self.make_balancing(all);
+        self.make_masquerading(all);
+        self.make_isolation(all);
+        self.make_source_checks(all);
+        self.make_filters(all);
+        self.make_local_filters(all);
     }
 
     fn make_balancing(&self, all: &mut Transaction) {
@@ -509,18 +522,31 @@ fn make_port_sets(all: &mut Transaction) {
     all.set("held_at", &[TYPE_ADDRESS, TYPE_PROTOCOL, TYPE_SERVICE]);
 }
 
-/// Puts in the table's place one that lets containers send nothing. They have no addresses of this family then, but may
-/// make up some.
+/// Puts in the table's place one that lets containers send nothing.
 pub fn guard(socket: &Socket, family: Family) -> io::Result<()> {
     let mut all = Transaction::new(family);
-    all.message(NEW_TABLE, super::super::netlink::CREATE);
-    all.message(DELETE_TABLE, 0);
-    all.message(NEW_TABLE, super::super::netlink::CREATE);
+    renew(&mut all);
+    all.chain(GUARD);
     all.base_chain("raw", "filter", 0, -300);
     all.rule("raw", |rule| {
         rule.input_link_begins_with(LINK_PREFIX).drop();
     });
     all.commit(socket)
+}
+
+/// The same where somebody has deleted it.
+pub fn keep_guard(socket: &Socket, family: Family) -> io::Result<()> {
+    let mut change = Transaction::new(family);
+    // There already, unless the table is gone: as in `Table::apply`.
+    change.chain(GUARD);
+    change.commit(socket).or_else(|_| guard(socket, family))
+}
+
+/// An empty table, whatever was there: making it first makes deleting a missing one no error.
+fn renew(all: &mut Transaction) {
+    all.message(NEW_TABLE, super::super::netlink::CREATE);
+    all.message(DELETE_TABLE, 0);
+    all.message(NEW_TABLE, super::super::netlink::CREATE);
 }
 
 pub fn delete_table(socket: &Socket, family: Family) -> io::Result<()> {

@@ -73,7 +73,7 @@ impl Device {
                     let network = peer.ula_prefix.embed(peer.network);
                     batch.attribute(ALLOWED_FAMILY, &(libc::AF_INET6 as u16).to_ne_bytes());
                     batch.attribute(ALLOWED_ADDRESS, &network.octets());
-                    batch.byte(ALLOWED_LENGTH, UlaPrefix::LENGTH + 24);
+                    batch.byte(ALLOWED_LENGTH, UlaPrefix::length(24));
                 });
             });
         })

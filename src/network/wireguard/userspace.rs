@@ -95,11 +95,8 @@ impl Drop for Userspace {
 impl TunnelPeer {
     /// Whether it may send from there.
     fn has(&self, address: IpAddr) -> bool {
-        let address = match address {
-            IpAddr::V4(address) => Some(address),
-            IpAddr::V6(address) => self.ula_prefix.extract(address),
-        };
-        address.is_some_and(|own| first_three(own.octets()) == first_three(self.network.octets()))
+        let own = self.ula_prefix.ipv4_of(address);
+        own.is_some_and(|own| first_three(own.octets()) == first_three(self.network.octets()))
     }
 }
 
@@ -221,11 +218,8 @@ impl Engine {
     }
 
     fn peer_at(&self, address: IpAddr) -> Option<usize> {
-        let address = match address {
-            IpAddr::V4(address) => address,
-            // One cluster, one prefix.
-            IpAddr::V6(address) => self.peers.first()?.known.ula_prefix.extract(address)?,
-        };
+        // One cluster, one prefix.
+        let address = self.peers.first()?.known.ula_prefix.ipv4_of(address)?;
         self.by_network.get(&first_three(address.octets())).copied()
     }
 
